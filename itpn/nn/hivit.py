@@ -1,0 +1,252 @@
+"""HiViT, the backbone of iTPN (arXiv 2205.14949; 2211.12735 section 3.2).
+
+A hierarchical vision transformer whose first two stages are MLPs that never mix mask units, so that hidden units can
+be dropped before any work, and whose third stage is a plain vision transformer over the units.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from itpn.errors import UserError
+from itpn.nn.layers import GlobalBlock, LocalBlock, Merge, init_linears, take_units, units_of
+from itpn.nn.positions import Grid, Relative, relative_index, resample_table, sincos_table
+
+
+class Shape(NamedTuple):
+    """One size: stage 3's width (stage 1 has a quarter, stage 2 a half), blocks per stage, attention heads."""
+
+    width: int
+    depths: tuple[int, int, int]
+    num_heads: int
+
+
+SIZES = {
+    "hivit_tiny": Shape(384, (2, 2, 10), 6),
+    "hivit_small": Shape(384, (4, 4, 20), 6),
+    "hivit_base": Shape(512, (4, 4, 24), 8),
+    "hivit_large": Shape(768, (4, 4, 40), 12),
+    "itpn_base": Shape(512, (3, 3, 24), 8),
+    "itpn_large": Shape(768, (2, 2, 40), 12),
+    "itpn_nano": Shape(192, (1, 1, 6), 3),
+    "itpn_pico": Shape(64, (1, 1, 2), 2),
+}
+
+
+class Features(NamedTuple):
+    """Stage outputs: ``c4 [B, N, 4, 4, C/4]``, ``c8 [B, N, 2, 2, C/2]``, ``c16 [B, N, C]``."""
+
+    c4: Tensor
+    c8: Tensor
+    c16: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiViTConfig:
+    """Everything that shapes a backbone. Width, depths and heads follow from the size unless given."""
+
+    size: str = "itpn_base"
+    """A row of itpn.nn.hivit.SIZES."""
+    width: int | None = None
+    """Channels of stage 3; stages 1 and 2 have a quarter and a half. None: the size's."""
+    depths: tuple[int, int, int] | None = None
+    """Blocks per stage. None: the size's."""
+    num_heads: int | None = None
+    """Attention heads of stage 3. None: the size's."""
+    image_size: int = 224
+    """Pixels per side that the position tables are made for; other sizes resample them."""
+    patch_size: int = 16
+    """Pixels per side of a mask unit."""
+    in_channels: int = 3
+    """Channels of an image."""
+    early_mlp_ratio: float = 3.0
+    """Hidden over outer width of the MLPs in stages 1 and 2."""
+    mlp_ratio: float = 4.0
+    """Hidden over outer width of the MLPs in stage 3."""
+    relative_position_bias: bool = False
+    """Give each attention block a learned bias per head and offset."""
+    layer_scale: float | None = None
+    """Initial value of a learned scale on every residual branch. None: no scale."""
+    drop_path: float = 0.0
+    """Drop-path rate of the last block; it grows linearly from 0 over all blocks."""
+    norm_eps: float = 1e-6
+    """Epsilon of every LayerNorm."""
+    position: Literal["sincos-column", "sincos-row", "normal"] = "sincos-column"
+    """Start of the position table: sine-cosine with the column's or the row's half first, or N(0, 0.02)."""
+    position_frozen: bool = False
+    """Keep the position table as it starts (the mmpretrain models do)."""
+    position_resampling: Literal["exact", "published"] = "exact"
+    """How the table meets another grid: bicubic by size, or by the published factor (size + 0.1) / table size, which
+    also resamples at the native size when units are dropped (an accident that the released pixel weights saw)."""
+    stem_init: Literal["default", "xavier"] = "default"
+    """Start of the stem's weights: torch's own for a convolution, or Xavier-uniform (the mmpretrain models)."""
+    checkpointing: bool = False
+    """Recompute each block in the backward pass instead of storing it: less memory, a third more time."""
+
+    def __post_init__(self) -> None:
+        if self.size not in SIZES:
+            raise UserError(f"model.backbone.size: no size {self.size!r}; choose one of {', '.join(SIZES)}")
+        if self.patch_size < 4 or self.patch_size % 4:
+            raise UserError(f"model.backbone.patch_size: {self.patch_size} is not a multiple of 4 pixels")
+        if self.image_size < self.patch_size or self.image_size % self.patch_size:
+            raise UserError(
+                f"model.backbone.image_size: {self.image_size} is not a multiple of the unit of {self.patch_size} "
+                f"pixels; the nearest is {max(1, round(self.image_size / self.patch_size)) * self.patch_size}"
+            )
+        if self.shape.width % (4 * self.shape.num_heads):
+            raise UserError(
+                f"model.backbone.width: {self.shape.width} does not divide by 4 and by {self.shape.num_heads} heads"
+            )
+
+    @property
+    def shape(self) -> Shape:
+        size = SIZES[self.size]
+        return Shape(self.width or size.width, self.depths or size.depths, self.num_heads or size.num_heads)
+
+    @property
+    def grid(self) -> Grid:
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def num_units(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+class HiViT(nn.Module):
+    """The backbone: ``stem``, ``local``, ``embed``, ``context``; ``forward`` runs all four.
+
+    It never learns that it is being pre-trained: a mask arrives as ``keep``, the ids of the units to work on.
+    """
+
+    def __init__(self, config: HiViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, depths, num_heads = config.shape
+        early, eps, scale = config.early_mlp_ratio, config.norm_eps, config.layer_scale
+        window = config.grid if config.relative_position_bias else None
+        rates = torch.linspace(0, config.drop_path, sum(depths), device="cpu").tolist()
+        rates1, rates2, rates3 = rates[: depths[0]], rates[depths[0] : -depths[2]], rates[-depths[2] :]
+
+        cell = config.patch_size // 4
+        self.stem_proj = nn.Linear(cell * cell * config.in_channels, width // 4)
+        self.stem_norm = nn.LayerNorm(width // 4, eps)
+        self.stage1 = nn.ModuleList([LocalBlock(width // 4, early, eps, scale, rate) for rate in rates1])
+        self.merge1 = Merge(width // 4, eps)
+        self.stage2 = nn.ModuleList([LocalBlock(width // 2, early, eps, scale, rate) for rate in rates2])
+        self.merge2 = Merge(width // 2, eps)
+        self.position = nn.Parameter(torch.empty(config.num_units, width), requires_grad=not config.position_frozen)
+        self.stage3 = nn.ModuleList(
+            [GlobalBlock(width, num_heads, config.mlp_ratio, eps, window, scale, rate) for rate in rates3]
+        )
+        self.num_drops = sum(block.num_drops for block in self.blocks())
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init_linears(self, "normal")
+        if self.config.stem_init == "default":
+            self.stem_proj.reset_parameters()
+        else:
+            nn.init.xavier_uniform_(self.stem_proj.weight)
+        if self.config.position == "normal":
+            nn.init.normal_(self.position, std=0.02)
+        else:
+            first: Any = self.config.position.removeprefix("sincos-")
+            with torch.no_grad():
+                self.position.copy_(sincos_table(self.config.grid, self.config.shape.width, first))
+
+    def blocks(self) -> list[LocalBlock | GlobalBlock]:
+        """All residual blocks in order; the merges between the stages are not among them."""
+        return [*self.stage1, *self.stage2, *self.stage3]  # type: ignore[list-item]
+
+    def grid_of(self, images: Tensor) -> Grid:
+        """Units per column and row of ``images [B, c, H, W]``."""
+        H, W, P = images.shape[2], images.shape[3], self.config.patch_size
+        if H % P or W % P:
+            raise UserError(f"image of {H} x {W} pixels: each side must be a multiple of the unit of {P} pixels")
+        return H // P, W // P
+
+    def stem(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Images ``[B, c, H, W]`` to cells ``[B, N, 4, 4, C/4]``; units not in ``keep [B, K]`` are dropped first."""
+        self.grid_of(images)
+        units = units_of(images, self.config.patch_size)
+        if keep is not None:
+            units = take_units(units, keep)
+        B, N, P, _, c = units.shape
+        cells = units.view(B, N, 4, P // 4, 4, P // 4, c).transpose(3, 4).reshape(B, N, 4, 4, -1)
+        return self.stem_norm(self.stem_proj(cells))
+
+    def local(self, cells: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Stages 1 and 2: cells to ``c4``, ``c8`` and the tokens ``[B, N, C]`` that stage 3 starts from."""
+        drops = self._split_drops(drop, [*self.stage1, *self.stage2])
+        c4 = cells
+        for block in self.stage1:
+            c4 = self._run(block, c4, next(drops))
+        c8 = self.merge1(c4)
+        for block in self.stage2:
+            c8 = self._run(block, c8, next(drops))
+        return c4, c8, self.merge2(c8).flatten(2)
+
+    def embed(self, tokens: Tensor, grid: Grid, keep: Tensor | None = None) -> Tensor:
+        """Add each token's position, resampled to the grid that the units were cut from."""
+        table = self.position
+        published = self.config.position_resampling == "published"
+        if grid != self.config.grid or (published and tokens.shape[1] != len(table)):
+            table = resample_table(table, self.config.grid, grid, offset=0.1 if published else 0.0)
+        return tokens + (table if keep is None else F.embedding(keep, table))
+
+    def context(
+        self, tokens: Tensor, relative: Relative | None = None, taps: Sequence[int] = (), drop: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Stage 3 on any set of tokens: ``c16 [B, N, C]`` and the outputs of the blocks numbered in ``taps``."""
+        tapped, drops = [], self._split_drops(drop, self.stage3)
+        for i, block in enumerate(self.stage3):
+            tokens = self._run(block, tokens, relative, next(drops))
+            if i in taps:
+                tapped.append(tokens)
+        return tokens, tapped
+
+    def relative(self, grid: Grid, keep: Tensor | None = None, device: torch.device | None = None) -> Relative | None:
+        """The pairs of positions among all units of ``grid``, or among those kept."""
+        if not self.config.relative_position_bias:
+            return None
+        index = relative_index(grid).to(device)
+        if keep is not None:
+            index = index[keep[:, :, None], keep[:, None, :]]
+        return Relative(index, grid)
+
+    def forward(self, images: Tensor, keep: Tensor | None = None, drop: Tensor | None = None) -> Features:
+        """Images ``[B, c, H, W]`` (normalised) to stage features, of all units or of those in ``keep [B, K]``.
+
+        Args:
+            drop: uniform numbers ``[B, num_drops]`` that decide drop path; without them the global generator does.
+
+        Raises:
+            UserError: a side is not a multiple of the unit.
+        """
+        grid = self.grid_of(images)
+        if not (self.training and self.config.drop_path):
+            drop = None
+        elif drop is None:
+            drop = torch.rand(len(images), self.num_drops, device=images.device)
+        num_local = len(self.stage1) + len(self.stage2)
+        early, late = (None, None) if drop is None else (drop[:, :num_local], drop[:, num_local:])
+        c4, c8, tokens = self.local(self.stem(images, keep), early)
+        tokens = self.embed(tokens, grid, keep)
+        c16, _ = self.context(tokens, self.relative(grid, keep, images.device), drop=late)
+        return Features(c4, c8, c16)
+
+    def _run(self, block: nn.Module, *args: Any) -> Tensor:
+        if self.config.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)  # type: ignore[no-any-return]
+        return block(*args)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _split_drops(drop: Tensor | None, blocks: Sequence[Any] | nn.ModuleList) -> Iterator[Tensor | None]:
+        counts = [block.num_drops for block in blocks]
+        return iter([None] * len(counts) if drop is None else drop.split(counts, dim=1))

@@ -1,0 +1,190 @@
+"""The few layers that the backbone, the pyramid and the decoders are made of.
+
+Stages 1-2 hold a mask unit (one 16x16 patch) as 4x4, then 2x2 cells: ``[B, N, h, w, C]``; stage 3 holds it as one
+token: ``[B, N, C]``. Layers that act per cell take either.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from itpn.nn.positions import Relative, resample_relative
+
+
+def units_of(images: Tensor, patch_size: int) -> Tensor:
+    """Cut ``[B, c, H, W]`` into units ``[B, N, P, P, c]``, N in row-major order of the grid."""
+    B, c, H, W = images.shape
+    P = patch_size
+    return images.view(B, c, H // P, P, W // P, P).permute(0, 2, 4, 3, 5, 1).reshape(B, -1, P, P, c)
+
+
+def to_map(cells: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Lay units ``[B, N, h, w, C]`` or ``[B, N, C]`` out as a map ``[B, C, rows * h, cols * w]``."""
+    if cells.ndim == 3:
+        cells = cells[:, :, None, None]
+    B, _, h, w, C = cells.shape
+    rows, cols = grid
+    return cells.view(B, rows, cols, h, w, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, rows * h, cols * w)
+
+
+def take_units(units: Tensor, ids: Tensor) -> Tensor:
+    """Select units: ``[B, N, ...]`` and ids ``[B, K]`` give ``[B, K, ...]``.
+
+    ``gather`` and not indexing: the backward of ``x[ids]`` is not deterministic on a multi-threaded CPU.
+    """
+    index = ids.view(*ids.shape, *[1] * (units.ndim - 2)).expand(-1, -1, *units.shape[2:])
+    return units.gather(1, index)
+
+
+def drop_path(branch: Tensor, uniform: Tensor | None, rate: float) -> Tensor:
+    """Drop a residual branch where the sample's uniform number ``[B]`` lies below ``rate``; rescale the others."""
+    if uniform is None or rate == 0.0:
+        return branch
+    kept = (uniform >= rate).to(branch.dtype) / (1.0 - rate)
+    return branch * kept.view(-1, *[1] * (branch.ndim - 1))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, int(width * ratio))
+        self.fc2 = nn.Linear(int(width * ratio), width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over any set of tokens, with an optional relative-position bias per head.
+
+    Args:
+        window: grid ``(rows, cols)`` that the bias table is made for, or None for no bias.
+    """
+
+    def __init__(self, width: int, num_heads: int, window: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self.num_heads, self.window = num_heads, window
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        if window is not None:
+            self.relative_position = nn.Parameter(torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), num_heads))
+
+    def forward(self, x: Tensor, relative: Relative | None = None) -> Tensor:
+        B, L, C = x.shape
+        q, k, v = self.qkv(x).view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(relative, q.dtype))
+        return self.proj(x.transpose(1, 2).reshape(B, L, C))
+
+    def bias(self, relative: Relative | None, dtype: torch.dtype) -> Tensor | None:
+        """The bias ``[heads, L, L]`` or ``[B, heads, L, L]`` for the given pairs of positions."""
+        if self.window is None or relative is None:
+            return None
+        table = resample_relative(self.relative_position, self.window, relative.grid)
+        return F.embedding(relative.index, table).movedim(-1, -3).to(dtype)
+
+
+class LayerScale(nn.Module):
+    def __init__(self, width: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+def layer_scale(width: int, init: float | None) -> nn.Module:
+    return nn.Identity() if init is None else LayerScale(width, init)
+
+
+class LocalBlock(nn.Module):
+    """Pre-norm residual MLP on every cell by itself: no unit sees another one."""
+
+    num_drops = 1
+
+    def __init__(
+        self, width: int, mlp_ratio: float, norm_eps: float, scale: float | None = None, drop: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, norm_eps)
+        self.mlp = Mlp(width, mlp_ratio)
+        self.scale = layer_scale(width, scale)
+        self.drop = drop
+
+    def forward(self, x: Tensor, uniform: Tensor | None = None) -> Tensor:
+        """``uniform [B, 1]``: the samples' numbers for drop path."""
+        uniforms = (None,) if uniform is None else uniform.unbind(1)
+        return x + drop_path(self.scale(self.mlp(self.norm(x))), uniforms[0], self.drop)
+
+
+class GlobalBlock(nn.Module):
+    """Pre-norm attention over all given tokens, then a pre-norm MLP."""
+
+    num_drops = 2
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float,
+        norm_eps: float,
+        window: tuple[int, int] | None = None,
+        scale: float | None = None,
+        drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, norm_eps)
+        self.attn = Attention(width, num_heads, window)
+        self.scale1 = layer_scale(width, scale)
+        self.norm2 = nn.LayerNorm(width, norm_eps)
+        self.mlp = Mlp(width, mlp_ratio)
+        self.scale2 = layer_scale(width, scale)
+        self.drop = drop
+
+    def forward(self, x: Tensor, relative: Relative | None = None, uniform: Tensor | None = None) -> Tensor:
+        """``uniform [B, 2]``: the samples' numbers for drop path, attention branch first."""
+        first, second = (None, None) if uniform is None else uniform.unbind(1)
+        x = x + drop_path(self.scale1(self.attn(self.norm1(x), relative)), first, self.drop)
+        return x + drop_path(self.scale2(self.mlp(self.norm2(x))), second, self.drop)
+
+
+class Merge(nn.Module):
+    """2x2 cells become one of twice the width: gather, LayerNorm, linear 4C -> 2C without bias.
+
+    The four are gathered with the row changing fastest, (0,0), (1,0), (0,1), (1,1), as the released weights need.
+    """
+
+    def __init__(self, width: int, norm_eps: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * width, norm_eps)
+        self.reduce = nn.Linear(4 * width, 2 * width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, h, w, C = x.shape
+        x = x.view(B, N, h // 2, 2, w // 2, 2, C).permute(0, 1, 2, 4, 5, 3, 6).reshape(B, N, h // 2, w // 2, 4 * C)
+        return self.reduce(self.norm(x))
+
+
+class Split(nn.Module):
+    """One cell becomes 2x2: LayerNorm, linear C -> 4F without bias, the four laid out row by row."""
+
+    def __init__(self, width: int, out: int, norm_eps: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, norm_eps)
+        self.expand = nn.Linear(width, 4 * out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, h, w, _ = x.shape
+        x = self.expand(self.norm(x)).view(B, N, h, w, 2, 2, -1)
+        return x.permute(0, 1, 2, 4, 3, 5, 6).reshape(B, N, 2 * h, 2 * w, -1)
+
+
+def init_linears(module: nn.Module, scheme: str) -> None:
+    """Initialise every Linear: ``"normal"`` is N(0, 0.02) as the authors' code, ``"xavier"`` is Xavier-uniform as MAE."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            if scheme == "xavier":
+                nn.init.xavier_uniform_(layer.weight)
+            else:
+                nn.init.normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

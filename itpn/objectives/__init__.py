@@ -1,0 +1,1 @@
+"""Pre-training objectives: a batch in, ``{"loss": ...}`` and its named parts out."""

@@ -1,0 +1,1 @@
+"""Weights at the border: released checkpoints in, ours in and out."""
