@@ -16,17 +16,22 @@ def toy_backbone(**numbers) -> HiViTConfig:
 
 def toy_model(pyramid: bool = True, **numbers) -> ModelConfig:
     return ModelConfig(
-        backbone=toy_backbone(**numbers), pyramid=PyramidConfig(width=24, depth=1, mlp_ratio=2.0) if pyramid else None
+        backbone=toy_backbone(**numbers),
+        pyramid=PyramidConfig(width=24, depth=1, mlp_ratio=2.0) if pyramid else None,
     )
 
 
-def toy_objective(features: dict | None = None, pyramid: bool = True, seed: int = 0, **numbers) -> PixelObjective:
+def toy_objective(
+    features: dict | None = None, pyramid: bool = True, seed: int = 0, **numbers
+) -> PixelObjective:
     """A small pixel objective; ``features`` switches masked feature modeling on."""
     torch.manual_seed(seed)
     decoder = DecoderConfig(width=32, depth=1, num_heads=2, mlp_ratio=2.0)
     chosen = FeaturesConfig(**({"weight": 0.3} | features)) if features is not None else FeaturesConfig()
     backbone = {key: numbers.pop(key) for key in list(numbers) if key in HiViTConfig.__dataclass_fields__}
-    return PixelObjective(toy_model(pyramid, **backbone), PixelConfig(decoder=decoder, features=chosen, **numbers))
+    return PixelObjective(
+        toy_model(pyramid, **backbone), PixelConfig(decoder=decoder, features=chosen, **numbers)
+    )
 
 
 def toy_batch(objective: PixelObjective, size: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:

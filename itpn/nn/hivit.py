@@ -1,7 +1,7 @@
 """HiViT, the backbone of iTPN (arXiv 2205.14949; 2211.12735 section 3.2).
 
-A hierarchical vision transformer whose first two stages are MLPs that never mix mask units, so that hidden units can
-be dropped before any work, and whose third stage is a plain vision transformer over the units.
+A hierarchical vision transformer whose first two stages are MLPs that never mix mask units, so that hidden
+units can be dropped before any work, and whose third stage is a plain vision transformer over the units.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,8 @@ from itpn.nn.positions import Grid, Relative, relative_index, resample_table, si
 
 
 class Shape(NamedTuple):
-    """One size: stage 3's width (stage 1 has a quarter, stage 2 a half), blocks per stage, attention heads."""
+    """One size: stage 3's width (stage 1 has a quarter, stage 2 a half), blocks per stage, attention
+    heads."""
 
     width: int
     depths: tuple[int, int, int]
@@ -81,10 +82,12 @@ class HiViTConfig:
     position_frozen: bool = False
     """Keep the position table as it starts (the mmpretrain models do)."""
     position_resampling: Literal["exact", "published"] = "exact"
-    """How the table meets another grid: bicubic by size, or by the published factor (size + 0.1) / table size, which
-    also resamples at the native size when units are dropped (an accident that the released pixel weights saw)."""
+    """How the table meets another grid: bicubic by size, or by the published factor (size + 0.1) / table
+    size, which also resamples at the native size when units are dropped (an accident that the released pixel
+    weights saw)."""
     stem_init: Literal["default", "xavier"] = "default"
-    """Start of the stem's weights: torch's own for a convolution, or Xavier-uniform (the mmpretrain models)."""
+    """Start of the stem's weights: torch's own for a convolution, or Xavier-uniform (the mmpretrain
+    models)."""
     checkpointing: bool = False
     """Recompute each block in the backward pass instead of storing it: less memory, a third more time."""
 
@@ -94,13 +97,15 @@ class HiViTConfig:
         if self.patch_size < 4 or self.patch_size % 4:
             raise UserError(f"model.backbone.patch_size: {self.patch_size} is not a multiple of 4 pixels")
         if self.image_size < self.patch_size or self.image_size % self.patch_size:
+            nearest = max(1, round(self.image_size / self.patch_size)) * self.patch_size
             raise UserError(
-                f"model.backbone.image_size: {self.image_size} is not a multiple of the unit of {self.patch_size} "
-                f"pixels; the nearest is {max(1, round(self.image_size / self.patch_size)) * self.patch_size}"
+                f"model.backbone.image_size: {self.image_size} is not a multiple of the unit of "
+                f"{self.patch_size} pixels; the nearest is {nearest}"
             )
         if self.shape.width % (4 * self.shape.num_heads):
             raise UserError(
-                f"model.backbone.width: {self.shape.width} does not divide by 4 and by {self.shape.num_heads} heads"
+                f"model.backbone.width: {self.shape.width} does not divide by 4 and by "
+                f"{self.shape.num_heads} heads"
             )
 
     @property
@@ -140,7 +145,9 @@ class HiViT(nn.Module):
         self.merge1 = Merge(width // 4, eps)
         self.stage2 = nn.ModuleList([LocalBlock(width // 2, early, eps, scale, rate) for rate in rates2])
         self.merge2 = Merge(width // 2, eps)
-        self.position = nn.Parameter(torch.empty(config.num_units, width), requires_grad=not config.position_frozen)
+        self.position = nn.Parameter(
+            torch.empty(config.num_units, width), requires_grad=not config.position_frozen
+        )
         self.stage3 = nn.ModuleList(
             [GlobalBlock(width, num_heads, config.mlp_ratio, eps, window, scale, rate) for rate in rates3]
         )
@@ -162,24 +169,28 @@ class HiViT(nn.Module):
 
     def blocks(self) -> list[LocalBlock | GlobalBlock]:
         """All residual blocks in order; the merges between the stages are not among them."""
-        return [*self.stage1, *self.stage2, *self.stage3]  # type: ignore[list-item]
+        return [*self.stage1, *self.stage2, *self.stage3]
 
     def grid_of(self, images: Tensor) -> Grid:
         """Units per column and row of ``images [B, c, H, W]``."""
         H, W, P = images.shape[2], images.shape[3], self.config.patch_size
         if H % P or W % P:
-            raise UserError(f"image of {H} x {W} pixels: each side must be a multiple of the unit of {P} pixels")
+            raise UserError(
+                f"image of {H} x {W} pixels: each side must be a multiple of the unit of {P} pixels"
+            )
         return H // P, W // P
 
     def stem(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Images ``[B, c, H, W]`` to cells ``[B, N, 4, 4, C/4]``; units not in ``keep [B, K]`` are dropped first."""
+        """Images ``[B, c, H, W]`` to cells ``[B, N, 4, 4, C/4]``; units not in ``keep [B, K]`` are dropped
+        first."""
         self.grid_of(images)
         units = units_of(images, self.config.patch_size)
         if keep is not None:
             units = take_units(units, keep)
         B, N, P, _, c = units.shape
-        cells = units.view(B, N, 4, P // 4, 4, P // 4, c).transpose(3, 4).reshape(B, N, 4, 4, -1)
-        return self.stem_norm(self.stem_proj(cells))
+        cells: Tensor = units.view(B, N, 4, P // 4, 4, P // 4, c).transpose(3, 4).reshape(B, N, 4, 4, -1)
+        cells = self.stem_norm(self.stem_proj(cells))
+        return cells
 
     def local(self, cells: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Stages 1 and 2: cells to ``c4``, ``c8`` and the tokens ``[B, N, C]`` that stage 3 starts from."""
@@ -194,16 +205,21 @@ class HiViT(nn.Module):
 
     def embed(self, tokens: Tensor, grid: Grid, keep: Tensor | None = None) -> Tensor:
         """Add each token's position, resampled to the grid that the units were cut from."""
-        table = self.position
+        table: Tensor = self.position
         published = self.config.position_resampling == "published"
         if grid != self.config.grid or (published and tokens.shape[1] != len(table)):
             table = resample_table(table, self.config.grid, grid, offset=0.1 if published else 0.0)
         return tokens + (table if keep is None else F.embedding(keep, table))
 
     def context(
-        self, tokens: Tensor, relative: Relative | None = None, taps: Sequence[int] = (), drop: Tensor | None = None
+        self,
+        tokens: Tensor,
+        relative: Relative | None = None,
+        taps: Sequence[int] = (),
+        drop: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Stage 3 on any set of tokens: ``c16 [B, N, C]`` and the outputs of the blocks numbered in ``taps``."""
+        """Stage 3 on any set of tokens: ``c16 [B, N, C]`` and the outputs of the blocks numbered in
+        ``taps``."""
         tapped, drops = [], self._split_drops(drop, self.stage3)
         for i, block in enumerate(self.stage3):
             tokens = self._run(block, tokens, relative, next(drops))
@@ -211,20 +227,23 @@ class HiViT(nn.Module):
                 tapped.append(tokens)
         return tokens, tapped
 
-    def relative(self, grid: Grid, keep: Tensor | None = None, device: torch.device | None = None) -> Relative | None:
+    def relative(
+        self, grid: Grid, keep: Tensor | None = None, device: torch.device | None = None
+    ) -> Relative | None:
         """The pairs of positions among all units of ``grid``, or among those kept."""
         if not self.config.relative_position_bias:
             return None
-        index = relative_index(grid).to(device)
+        pairs = relative_index(grid).to(device)
         if keep is not None:
-            index = index[keep[:, :, None], keep[:, None, :]]
-        return Relative(index, grid)
+            pairs = pairs[keep[:, :, None], keep[:, None, :]]
+        return Relative(pairs, grid)
 
     def forward(self, images: Tensor, keep: Tensor | None = None, drop: Tensor | None = None) -> Features:
-        """Images ``[B, c, H, W]`` (normalised) to stage features, of all units or of those in ``keep [B, K]``.
+        """Normalised images ``[B, c, H, W]`` to stage features, of all units or those in ``keep [B, K]``.
 
         Args:
-            drop: uniform numbers ``[B, num_drops]`` that decide drop path; without them the global generator does.
+            drop: uniform numbers ``[B, num_drops]`` that decide drop path; without them the global generator
+            does.
 
         Raises:
             UserError: a side is not a multiple of the unit.
@@ -248,5 +267,5 @@ class HiViT(nn.Module):
 
     @staticmethod
     def _split_drops(drop: Tensor | None, blocks: Sequence[Any] | nn.ModuleList) -> Iterator[Tensor | None]:
-        counts = [block.num_drops for block in blocks]
-        return iter([None] * len(counts) if drop is None else drop.split(counts, dim=1))
+        counts: list[int] = [block.num_drops for block in blocks]
+        return iter([None] * len(counts) if drop is None else torch.split(drop, counts, dim=1))

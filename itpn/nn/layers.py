@@ -1,7 +1,7 @@
 """The few layers that the backbone, the pyramid and the decoders are made of.
 
-Stages 1-2 hold a mask unit (one 16x16 patch) as 4x4, then 2x2 cells: ``[B, N, h, w, C]``; stage 3 holds it as one
-token: ``[B, N, C]``. Layers that act per cell take either.
+Stages 1-2 hold a mask unit (one 16x16 patch) as 4x4, then 2x2 cells: ``[B, N, h, w, C]``; stage 3 holds it as
+one token: ``[B, N, C]``. Layers that act per cell take either.
 """
 
 import torch
@@ -37,7 +37,8 @@ def take_units(units: Tensor, ids: Tensor) -> Tensor:
 
 
 def drop_path(branch: Tensor, uniform: Tensor | None, rate: float) -> Tensor:
-    """Drop a residual branch where the sample's uniform number ``[B]`` lies below ``rate``; rescale the others."""
+    """Drop a residual branch where the sample's uniform number ``[B]`` lies below ``rate``; rescale the
+    others."""
     if uniform is None or rate == 0.0:
         return branch
     kept = (uniform >= rate).to(branch.dtype) / (1.0 - rate)
@@ -51,7 +52,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(int(width * ratio), width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        x = self.fc2(F.gelu(self.fc1(x)))
+        return x
 
 
 class Attention(nn.Module):
@@ -67,20 +69,23 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         if window is not None:
-            self.relative_position = nn.Parameter(torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), num_heads))
+            self.relative_position = nn.Parameter(
+                torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), num_heads)
+            )
 
     def forward(self, x: Tensor, relative: Relative | None = None) -> Tensor:
         B, L, C = x.shape
         q, k, v = self.qkv(x).view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(relative, q.dtype))
-        return self.proj(x.transpose(1, 2).reshape(B, L, C))
+        x = self.proj(x.transpose(1, 2).reshape(B, L, C))
+        return x
 
     def bias(self, relative: Relative | None, dtype: torch.dtype) -> Tensor | None:
         """The bias ``[heads, L, L]`` or ``[B, heads, L, L]`` for the given pairs of positions."""
         if self.window is None or relative is None:
             return None
         table = resample_relative(self.relative_position, self.window, relative.grid)
-        return F.embedding(relative.index, table).movedim(-1, -3).to(dtype)
+        return F.embedding(relative.pairs, table).movedim(-1, -3).to(dtype)
 
 
 class LayerScale(nn.Module):
@@ -150,7 +155,8 @@ class GlobalBlock(nn.Module):
 class Merge(nn.Module):
     """2x2 cells become one of twice the width: gather, LayerNorm, linear 4C -> 2C without bias.
 
-    The four are gathered with the row changing fastest, (0,0), (1,0), (0,1), (1,1), as the released weights need.
+    The four are gathered with the row changing fastest, (0,0), (1,0), (0,1), (1,1), as the released weights
+    need.
     """
 
     def __init__(self, width: int, norm_eps: float) -> None:
@@ -160,8 +166,13 @@ class Merge(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, h, w, C = x.shape
-        x = x.view(B, N, h // 2, 2, w // 2, 2, C).permute(0, 1, 2, 4, 5, 3, 6).reshape(B, N, h // 2, w // 2, 4 * C)
-        return self.reduce(self.norm(x))
+        x = (
+            x.view(B, N, h // 2, 2, w // 2, 2, C)
+            .permute(0, 1, 2, 4, 5, 3, 6)
+            .reshape(B, N, h // 2, w // 2, 4 * C)
+        )
+        x = self.reduce(self.norm(x))
+        return x
 
 
 class Split(nn.Module):
@@ -179,7 +190,8 @@ class Split(nn.Module):
 
 
 def init_linears(module: nn.Module, scheme: str) -> None:
-    """Initialise every Linear: ``"normal"`` is N(0, 0.02) as the authors' code, ``"xavier"`` is Xavier-uniform as MAE."""
+    """Initialise every Linear: ``"normal"`` is N(0, 0.02) as the authors' code, ``"xavier"`` is
+    Xavier-uniform as MAE."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             if scheme == "xavier":

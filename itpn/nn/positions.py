@@ -11,9 +11,9 @@ Grid = tuple[int, int]
 
 
 class Relative(NamedTuple):
-    """Pairs of positions: ``index [L, L]`` or ``[B, K, K]`` into a bias table for ``grid``."""
+    """Pairs of positions: ``pairs [L, L]`` or ``[B, K, K]`` index a bias table for ``grid``."""
 
-    index: Tensor
+    pairs: Tensor
     grid: Grid
 
 
@@ -50,7 +50,8 @@ def _resampling(old: Grid, new: Grid, offset: float) -> Tensor:
 def resample_table(table: Tensor, old: Grid, new: Grid, offset: float = 0.0) -> Tensor:
     """Resample ``[old cells, C]`` to ``[new cells, C]``, bicubic, in fp32.
 
-    ``offset`` 0.1 gives the published arithmetic: a scale factor of (new + 0.1) / old that also sets the sampling grid.
+    ``offset`` 0.1 gives the published arithmetic: a scale factor of (new + 0.1) / old that also sets the
+    sampling grid.
     """
     if old == new and not offset:
         return table
@@ -66,7 +67,8 @@ def resample_relative(table: Tensor, old: Grid, new: Grid) -> Tensor:
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def relative_index(grid: Grid) -> Tensor:
-    """Index ``[L, L]`` (query, key) into a table of offsets (dy, dx), each counted from its most negative value."""
+    """Index ``[L, L]`` (query, key) into a table of offsets (dy, dx), each counted from its most negative
+    value."""
     rows, cols = grid
     cells = torch.arange(rows * cols, device="cpu")
     y, x = cells // cols, cells % cols

@@ -45,7 +45,7 @@ class Pyramid(nn.Module):
             return LocalBlock(width, config.mlp_ratio, eps)
 
         self.config = config
-        self.align = nn.Linear(C, width) if C != width else nn.Identity()
+        self.align = nn.Linear(C, width) if width != C else nn.Identity()
         self.split8 = Split(C, width, eps)
         self.lateral8 = nn.Linear(C // 2, width, bias=False)
         self.blocks8 = nn.Sequential(*[block() for _ in range(config.depth)])

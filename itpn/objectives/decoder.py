@@ -31,11 +31,14 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         if self.width % 16 or self.width % self.num_heads:
-            raise UserError(f"objective.decoder.width: {self.width} must divide by 16 and by {self.num_heads} heads")
+            raise UserError(
+                f"objective.decoder.width: {self.width} must divide by 16 and by {self.num_heads} heads"
+            )
 
 
 class LevelEmbed(nn.Module):
-    """One pyramid level to decoder width: LayerNorm and a linear layer to E / cells per cell, flattened per unit."""
+    """One pyramid level to decoder width: LayerNorm and a linear layer to E / cells per cell, flattened per
+    unit."""
 
     def __init__(self, width: int, num_cells: int, config: DecoderConfig) -> None:
         super().__init__()
@@ -44,7 +47,8 @@ class LevelEmbed(nn.Module):
 
     def forward(self, level: Tensor) -> Tensor:
         """``[B, N, h, w, F]`` or ``[B, N, F]`` to ``[B, N, E]``, cells in row-major order."""
-        return self.proj(self.norm(level)).flatten(2)
+        cells: Tensor = self.proj(self.norm(level))
+        return cells.flatten(2)
 
 
 class LevelEmbeds(nn.Module):
@@ -86,20 +90,23 @@ class Decoder(nn.Module):
         first: Literal["row", "column"] = "row" if backbone.position == "sincos-row" else "column"
         self.position = nn.Parameter(sincos_table(self.grid, config.width, first), requires_grad=False)
         self.blocks = nn.ModuleList(
-            [GlobalBlock(config.width, config.num_heads, config.mlp_ratio, config.norm_eps) for _ in range(depth)]
+            [
+                GlobalBlock(config.width, config.num_heads, config.mlp_ratio, config.norm_eps)
+                for _ in range(depth)
+            ]
         )
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
         init_linears(self, config.init)
 
     def forward(self, units: Tensor, grid: Grid) -> Tensor:
-        x = units + resample_table(self.position, self.grid, grid)
+        x: Tensor = units + resample_table(self.position, self.grid, grid)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)  # type: ignore[no-any-return]
+        x = self.norm(x)
+        return x
 
 
 def mean_over_hidden(per_unit: Tensor, hidden: Tensor) -> Tensor:
     """Mean over samples of each sample's mean over its hidden units: ``[B, N]`` to a scalar."""
     weight = hidden.to(per_unit.dtype)
     return ((per_unit * weight).sum(1) / weight.sum(1)).mean()
-

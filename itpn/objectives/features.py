@@ -1,14 +1,14 @@
 """Masked feature modeling, the paper's second contribution: every stage of the pyramid is supervised.
 
-A moving average of the student's backbone sees the whole image; its stage features are what the hidden units must
-predict. The public text says no more than that: the weight, the loss, the normalisation, the branches, the momentum and
-the supervised positions are choices of ours (docs/paper.md), each a field here.
+A moving average of the student's backbone sees the whole image; its stage features are what the hidden units
+must predict. The public text says no more than that: the weight, the loss, the normalisation, the branches,
+the momentum and the supervised positions are choices of ours (docs/paper.md), each a field here.
 """
 
 import math
 import warnings
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -28,17 +28,20 @@ CELLS = {"c4": 16, "c8": 4, "c16": 1}
 @dataclass(frozen=True, kw_only=True)
 class FeaturesConfig:
     weight: float = 0.0
-    """Weight of the feature loss beside the pixel loss; 0 is plain masked image modeling, without a teacher."""
+    """Weight of the feature loss beside the pixel loss; 0 is plain masked image modeling, without a
+    teacher."""
     weight_ramp: float = 0.0
     """Share of the training over which the weight grows linearly from 0."""
     branches: Literal["sum", "levels"] = "sum"
-    """Heads on the pixel decoder's output, or each level through one shared shallow decoder to its own head."""
+    """Heads on the pixel decoder's output, or each level through one shared shallow decoder to its own
+    head."""
     decoder_depth: int = 2
     """Blocks of the shared decoder of branches = levels."""
     stages: tuple[Stage, ...] = ("c4", "c8", "c16")
     """Backbone stages whose features are predicted."""
     normalisation: Literal["layer-norm", "standardise", "none"] = "layer-norm"
-    """Targets: LayerNorm per cell without affine; per channel by running mean and variance; or as they are."""
+    """Targets: LayerNorm per cell without affine; per channel by running mean and variance; or as they
+    are."""
     positions: Literal["hidden", "all"] = "hidden"
     """Units that are supervised."""
     beta: float = 1.0
@@ -46,13 +49,16 @@ class FeaturesConfig:
     momentum: float = 0.996
     """The teacher's momentum at the start; it rises to 1 by a half cosine."""
     momentum_warmup: bool = False
-    """Hold the momentum at or below (t + 1) / (t + 10), t the step: a young teacher follows faster in short runs."""
+    """Hold the momentum at or below (t + 1) / (t + 10), t the step: a young teacher follows faster in short
+    runs."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum <= 1:
             raise UserError(f"objective.features.momentum: {self.momentum} lies outside 0..1")
         if self.weight < 0:
-            raise UserError(f"objective.features.weight: {self.weight} is negative; 0 switches the feature loss off")
+            raise UserError(
+                f"objective.features.weight: {self.weight} is negative; 0 switches the feature loss off"
+            )
 
 
 def momentum_at(step: int, num_steps: int, config: FeaturesConfig) -> float:
@@ -67,7 +73,6 @@ class RunningStatistics(nn.Module):
     What a step sees is added only once the step has ended, so that accumulation changes nothing.
     """
 
-    sums: Tensor
     averages: Tensor
     pending: Tensor
 
@@ -110,8 +115,12 @@ class FeatureModeling(nn.Module):
             self.statistics = nn.ModuleDict({s: RunningStatistics(widths[s]) for s in config.stages})
         if config.branches == "levels":
             if student.pyramid is None:
-                raise UserError("objective.features.branches: 'levels' needs a pyramid; use 'sum' or give the model one")
-            self.level_tokens = nn.ParameterDict({s: nn.Parameter(torch.empty(decoder.width)) for s in config.stages})
+                raise UserError(
+                    "objective.features.branches: 'levels' needs a pyramid; use 'sum' or give the model one"
+                )
+            self.level_tokens = nn.ParameterDict(
+                {s: nn.Parameter(torch.empty(decoder.width)) for s in config.stages}
+            )
             self.decoder = Decoder(backbone.config, decoder, config.decoder_depth)
             for token in self.level_tokens.values():
                 nn.init.normal_(token, std=0.02)
@@ -122,7 +131,7 @@ class FeatureModeling(nn.Module):
     def targets(self, images: Tensor) -> dict[str, Tensor]:
         """The teacher's features of whole images, normalised: per stage ``[B, N, cells, C_s]``."""
         features: Features = self.teacher(images)
-        targets = {}
+        targets: dict[str, Tensor] = {}
         for stage in self.config.stages:
             cells = getattr(features, stage).float()
             cells = cells.reshape(*cells.shape[:2], CELLS[stage], cells.shape[-1])
@@ -134,7 +143,9 @@ class FeatureModeling(nn.Module):
             targets[stage] = cells
         return targets
 
-    def predict(self, decoded: Tensor, embedded: list[Tensor], keep: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+    def predict(
+        self, decoded: Tensor, embedded: list[Tensor], keep: Tensor, hidden: Tensor
+    ) -> dict[str, Tensor]:
         """Each stage's prediction ``[B, N, cells * C_s]``."""
         if self.config.branches == "sum":
             return {stage: head(decoded) for stage, head in self.heads.items()}
@@ -150,7 +161,8 @@ class FeatureModeling(nn.Module):
         """Smooth-L1 between predictions and targets on the supervised units, averaged over stages.
 
         Args:
-            images: whole images ``[B, c, H, W]``; the other arguments may hold several masks of each, ``[B * M, ...]``.
+            images: whole images ``[B, c, H, W]``; the other arguments may hold several masks of each, ``[B *
+            M, ...]``.
         """
         targets = self.targets(images)
         predictions = self.predict(decoded, embedded, keep, hidden)
@@ -159,7 +171,9 @@ class FeatureModeling(nn.Module):
         losses = []
         for stage, target in targets.items():
             repeated = target.repeat_interleave(len(keep) // len(images), 0).flatten(2)
-            error = F.smooth_l1_loss(predictions[stage].float(), repeated, reduction="none", beta=self.config.beta)
+            error = F.smooth_l1_loss(
+                predictions[stage].float(), repeated, reduction="none", beta=self.config.beta
+            )
             losses.append(mean_over_hidden(error.mean(-1), supervised))
             parts[f"feature_{stage}"] = losses[-1].detach()
             parts[f"variance_{stage}"], parts[f"position_share_{stage}"] = target_diagnostics(target)
@@ -172,8 +186,7 @@ class FeatureModeling(nn.Module):
         self.weight = self.config.weight * (min(1.0, (step + 1) / ramp) if ramp else 1.0)
 
     def compile_blocks(self) -> list[nn.Module]:
-        own = self.decoder.blocks if self.config.branches == "levels" else []
-        return [*self.teacher.blocks(), *own]
+        return [*self.teacher.blocks(), *(self.decoder.blocks if self.config.branches == "levels" else [])]
 
     @torch.no_grad()
     def end_step(self, student: HiViT, step: int, num_steps: int) -> None:
@@ -182,17 +195,18 @@ class FeatureModeling(nn.Module):
         torch._foreach_lerp_(list(self.teacher.parameters()), list(student.parameters()), 1 - momentum)
         if self.config.normalisation == "standardise":
             for statistics in self.statistics.values():
-                statistics.end_step()
+                cast(RunningStatistics, statistics).end_step()
         if step % 100 == 0 and self._variance is not None and self._variance.item() < 1e-4:
             warnings.warn(
-                f"step {step}: the teacher's features hardly vary over the batch (variance {self._variance.item():.1e}); "
-                "it may have collapsed. Lower objective.features.weight or raise objective.features.momentum.",
+                f"step {step}: the teacher's features hardly vary over the batch (variance "
+                f"{self._variance.item():.1e}); it may have collapsed. Lower objective.features.weight "
+                "or raise objective.features.momentum.",
                 stacklevel=2,
             )
 
 
 def target_diagnostics(target: Tensor) -> tuple[Tensor, Tensor]:
-    """Of targets ``[B, N, cells, C]``: the variance over batch and positions, and the share that position explains.
+    """Variance of targets ``[B, N, cells, C]`` over batch and positions, and the share position explains.
 
     The share is unbiased (the noise of a mean over B samples is taken out) and NaN for a single sample.
     """

@@ -17,8 +17,9 @@ def num_kept(num_units: int, mask_ratio: float) -> int:
     kept = int(num_units * (1 - mask_ratio)) if 0 < mask_ratio < 1 else 0
     if not 0 < kept < num_units:
         raise UserError(
-            f"objective.mask_ratio: {mask_ratio} of {num_units} units leaves {'none' if not kept else 'all'} visible; "
-            f"it must lie between {1 / num_units:.3f} and {1 - 1 / num_units:.3f}"
+            f"objective.mask_ratio: {mask_ratio} of {num_units} units leaves "
+            f"{'none' if not kept else 'all'} visible; it must lie between {1 / num_units:.3f} "
+            f"and {1 - 1 / num_units:.3f}"
         )
     return kept
 
@@ -43,7 +44,8 @@ class RandomMasking:
     num_drops: int = 0
 
     def __call__(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """``keep: long [masks, K]`` and, where drop path is on, ``drop: float [masks, num_drops]`` in [0, 1)."""
+        """``keep: long [masks, K]`` and, where drop path is on, ``drop: float [masks, num_drops]`` in [0,
+        1)."""
         noise = torch.rand(self.num_masks, self.num_units, generator=generator)
         draws = {"keep": kept_ids(noise, self.num_kept)}
         if self.num_drops:

@@ -1,8 +1,8 @@
-"""Pre-training on pixels: masked image modeling, alone or with masked feature modeling (arXiv 2211.12735, section 3.2).
+"""Pre-training on pixels (arXiv 2211.12735, section 3.2): masked image modeling, with or without MFM.
 
-Visible units go through backbone and pyramid; the levels are embedded and summed, hidden units are filled with mask
-tokens, and a decoder predicts every hidden unit's pixels, normalised by the unit's own mean and variance.
-Without a pyramid the same objective is MAE.
+Visible units go through backbone and pyramid; the levels are embedded and summed, hidden units are filled
+with mask tokens, and a decoder predicts every hidden unit's pixels, normalised by the unit's own mean and
+variance. Without a pyramid the same objective is MAE.
 """
 
 from dataclasses import dataclass, field
@@ -34,7 +34,8 @@ class PixelConfig:
 
 
 class Reconstruction(NamedTuple):
-    """Pictures ``[B, c, H, W]`` in 0..1, and the pyramid's maps ``[B, F, h, w]``, fine to coarse (none for MAE)."""
+    """Pictures ``[B, c, H, W]`` in 0..1, and the pyramid's maps ``[B, F, h, w]``, fine to coarse (none for
+    MAE)."""
 
     original: Tensor
     masked: Tensor
@@ -43,13 +44,17 @@ class Reconstruction(NamedTuple):
 
 
 def normalise_units(units: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Units ``[B, N, D]`` by their own mean and unbiased variance; also returns mean and deviation ``[B, N, 1]``."""
+    """Units ``[B, N, D]`` by their own mean and unbiased variance; also returns mean and deviation ``[B, N,
+    1]``."""
     mean = units.mean(-1, keepdim=True)
     deviation = (units.var(-1, keepdim=True) + 1e-6).sqrt()
     return (units - mean) / deviation, mean, deviation
 
 
 class PixelObjective(nn.Module):
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: ModelConfig, config: PixelConfig) -> None:
         super().__init__()
         backbone, width = model.backbone, config.decoder.width
@@ -60,7 +65,9 @@ class PixelObjective(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(width))
         self.decoder = Decoder(backbone, config.decoder, config.decoder.depth)
         self.head = nn.Linear(width, backbone.patch_size**2 * backbone.in_channels)
-        self.features = FeatureModeling(self.model, config.decoder, config.features) if config.features.weight else None
+        self.features = (
+            FeatureModeling(self.model, config.decoder, config.features) if config.features.weight else None
+        )
         self.register_buffer("mean", torch.tensor(config.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(-1, 1, 1), persistent=False)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -74,10 +81,11 @@ class PixelObjective(nn.Module):
         return RandomMasking(backbone.config.num_units, self.num_kept, self.config.masks_per_image, num_drops)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch of ``images: uint8 [B, c, H, W]``, ``keep: long [B, M, K]`` and perhaps ``drop [B, M, num_drops]``.
+        """From ``images: uint8 [B, c, H, W]``, ``keep: long [B, M, K]``, perhaps ``drop [B, M, D]``.
 
         Returns:
-            ``loss`` and its parts ``pixel`` and, with masked feature modeling, ``feature`` and each stage's numbers.
+            ``loss`` and its parts ``pixel`` and, with masked feature modeling, ``feature`` and each stage's
+            numbers.
         """
         whole = self.normalise(batch["images"])
         keep, drop = batch["keep"].flatten(0, 1), batch["drop"].flatten(0, 1) if "drop" in batch else None
@@ -97,15 +105,19 @@ class PixelObjective(nn.Module):
         scaled = images.float() / 255 if images.dtype == torch.uint8 else images
         return (scaled - self.mean) / self.std
 
-    def encode(self, images: Tensor, keep: Tensor, drop: Tensor | None = None) -> tuple[list[Tensor], Levels | None]:
+    def encode(
+        self, images: Tensor, keep: Tensor, drop: Tensor | None = None
+    ) -> tuple[list[Tensor], Levels | None]:
         """The visible units at decoder width, one ``[B, K, E]`` per level (one alone without a pyramid)."""
         features, levels = self.model(images, keep, drop)
         return (self.embed(levels) if levels else [self.embed(features.c16)]), levels
 
     def decode(self, embedded: list[Tensor], keep: Tensor, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Every unit ``[B, N, E]`` after the decoder. Each level brings its own mask token, so three add up."""
+        """Every unit ``[B, N, E]`` after the decoder. Each level brings its own mask token, so three add
+        up."""
         units = fill(reduce(torch.add, embedded), keep, hidden, len(embedded) * self.mask_token)
-        return self.decoder(units, grid)  # type: ignore[no-any-return]
+        decoded: Tensor = self.decoder(units, grid)
+        return decoded
 
     def pixel_loss(self, prediction: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
         """Mean square error over hidden units against pixels normalised per unit."""
@@ -114,7 +126,8 @@ class PixelObjective(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, keep: Tensor) -> Reconstruction:
-        """Fill in what is hidden: un-normalised with each unit's own statistics, visible units pasted back."""
+        """Fill in what is hidden: un-normalised with each unit's own statistics, visible units pasted
+        back."""
         pixels = self.normalise(images)
         backbone = self.model.backbone
         grid, patch_size = backbone.grid_of(pixels), backbone.config.patch_size
@@ -153,4 +166,3 @@ class PixelObjective(nn.Module):
     def _num_units(self, images: Tensor) -> int:
         rows, cols = self.model.backbone.grid_of(images)
         return rows * cols
-

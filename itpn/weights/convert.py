@@ -1,4 +1,5 @@
-"""Key maps from the released checkpoints' names to ours. History stays here; nothing else knows these names."""
+"""Key maps from the released checkpoints' names to ours. History stays here; nothing else knows these
+names."""
 
 import re
 from collections.abc import Mapping
@@ -71,13 +72,12 @@ def rename(key: str, names: Mapping[str, str]) -> str | None:
     """The first pattern of ``names`` that fits ``key``, applied; None where none fits."""
     for theirs, ours in names.items():
         if match := re.fullmatch(re.escape(theirs).replace(r"\*", "(.+?)"), key):
-            parts = iter(match.groups())
-            return re.sub(r"\*", lambda _: next(parts), ours)
+            return ours.replace("*", "{}").format(*match.groups())
     return None
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' pixel models: pre-training, or a backbone with or without pyramid. Heads of classifiers stay out.
+    """The authors' pixel models: pre-training, or a backbone with or without pyramid; no classifier heads.
 
     Raises:
         KeyError: a key that no rule knows.
@@ -110,7 +110,9 @@ def _places(state: Mapping[str, Tensor]) -> dict[int, str]:
 
 
 def _reshape(name: str, value: Tensor) -> Tensor:
-    if name.endswith("stem_proj.weight"):  # a convolution as one linear layer per cell, pixels in (row, col, channel)
+    if name.endswith(
+        "stem_proj.weight"
+    ):  # a convolution as one linear layer per cell, pixels in (row, col, channel)
         return value.permute(0, 2, 3, 1).flatten(1)
     if name.endswith((".position", "mask_token")):  # tables and tokens carry leading axes of 1
         return value.view(-1, value.shape[-1]) if name.endswith(".position") else value.flatten()

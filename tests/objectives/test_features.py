@@ -1,4 +1,5 @@
-"""Masked feature modeling has no reference anywhere: it is checked against plain loops and against its own promises."""
+"""Masked feature modeling has no reference anywhere: it is checked against plain loops and against its own
+promises."""
 
 import copy
 import math
@@ -62,9 +63,13 @@ def feature_loss_by_loops(objective, batch):
             for unit in range(N):
                 if config.positions == "hidden" and unit in keep[b].tolist():
                     continue
-                target = getattr(stage_features, stage)[b, unit].reshape(-1, getattr(stage_features, stage).shape[-1])
+                target = getattr(stage_features, stage)[b, unit].reshape(
+                    -1, getattr(stage_features, stage).shape[-1]
+                )
                 if config.normalisation == "layer-norm":
-                    target = torch.stack([(c - c.mean()) / (c.var(unbiased=False) + 1e-5).sqrt() for c in target])
+                    target = torch.stack(
+                        [(c - c.mean()) / (c.var(unbiased=False) + 1e-5).sqrt() for c in target]
+                    )
                 predicted = features.heads[stage](decoded[b, unit])
                 distance = (predicted - target.flatten()).abs()
                 small = distance < config.beta
@@ -99,7 +104,10 @@ def test_hidden_pixels_change_the_targets_but_no_prediction(branches):
     def predictions(images):
         embedded, _ = objective.encode(objective.normalise(images), keep)
         decoded = objective.decode(embedded, keep, hidden, (4, 4))
-        return [objective.head(decoded), *objective.features.predict(decoded, embedded, keep, hidden).values()]
+        return [
+            objective.head(decoded),
+            *objective.features.predict(decoded, embedded, keep, hidden).values(),
+        ]
 
     for before, after in zip(predictions(batch["images"]), predictions(changed), strict=True):
         assert torch.equal(before, after)
@@ -136,7 +144,12 @@ def test_teacher_is_the_closed_form_average_after_three_steps():
     m = [1 - 0.1 * (math.cos(math.pi * t / 10) + 1) / 2 for t in range(3)]
     for key, ours in objective.features.teacher.state_dict().items():
         start, (s1, s2, s3) = first[key], [student[key] for student in students]
-        closed = m[0] * m[1] * m[2] * start + (1 - m[0]) * m[1] * m[2] * s1 + (1 - m[1]) * m[2] * s2 + (1 - m[2]) * s3
+        closed = (
+            m[0] * m[1] * m[2] * start
+            + (1 - m[0]) * m[1] * m[2] * s1
+            + (1 - m[1]) * m[2] * s2
+            + (1 - m[2]) * s3
+        )
         torch.testing.assert_close(ours, closed)
 
 
@@ -158,7 +171,9 @@ def test_several_masks_share_one_teacher_pass(monkeypatch):
     batch = toy_batch(objective)
     calls = []
     forward = HiViT.forward
-    monkeypatch.setattr(HiViT, "forward", lambda self, x, *a, **k: calls.append(len(x)) or forward(self, x, *a, **k))
+    monkeypatch.setattr(
+        HiViT, "forward", lambda self, x, *a, **k: calls.append(len(x)) or forward(self, x, *a, **k)
+    )
     both = objective(batch)
     assert sorted(calls) == [3, 6]
     single = shake(toy_objective({}))
@@ -196,7 +211,9 @@ def test_running_statistics_are_the_weighted_mean_and_variance_of_past_steps():
     mean = sum(w * x.mean(0) for w, x in zip(weights, steps, strict=True))
     square = sum(w * x.square().mean(0) for w, x in zip(weights, steps, strict=True))
     ours = statistics(steps[0])
-    torch.testing.assert_close(ours, (steps[0] - mean) / (square - mean**2 + 1e-6).sqrt(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        ours, (steps[0] - mean) / (square - mean**2 + 1e-6).sqrt(), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_target_diagnostics_know_position_from_content():

@@ -1,4 +1,5 @@
-"""Number by number against the authors' and mmpretrain's models (tests/reference/README.md says how they were made)."""
+"""Number by number against the authors' and mmpretrain's models (tests/reference/README.md says how they were
+made)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,11 @@ def gradient_close(ours, theirs):
 
 def backbone(**numbers):
     return HiViTConfig(
-        width=32, num_heads=2, image_size=64, position_resampling="published", **{"depths": (1, 1, 2)} | numbers
+        width=32,
+        num_heads=2,
+        image_size=64,
+        position_resampling="published",
+        **{"depths": (1, 1, 2)} | numbers,
     )
 
 
@@ -68,7 +73,10 @@ def test_backbone_features(name):
         zeros = torch.zeros(1, side * side, 32)
         close(model.backbone.embed(zeros, (side, side)), tensors["pos_embed_used"])
     if "pos_embed_64_masked4" in tensors:
-        close(resample_table(model.backbone.position, (4, 4), (4, 4), offset=0.1)[None], tensors["pos_embed_64_masked4"])
+        close(
+            resample_table(model.backbone.position, (4, 4), (4, 4), offset=0.1)[None],
+            tensors["pos_embed_64_masked4"],
+        )
 
 
 @pytest.mark.parametrize(
@@ -108,7 +116,8 @@ def predict(objective, images, keep):
 PRETRAIN = {
     "pixel_pretrain_p16": (
         ModelConfig(
-            backbone=backbone(depths=(1, 1, 1), mlp_ratio=2.0), pyramid=PyramidConfig(width=8, depth=1, mlp_ratio=2.0)
+            backbone=backbone(depths=(1, 1, 1), mlp_ratio=2.0), pyramid=PyramidConfig(width=8, depth=1,
+            mlp_ratio=2.0)
         ),
         DecoderConfig(width=16, depth=1, num_heads=2, mlp_ratio=2.0),
     ),
@@ -149,11 +158,15 @@ def test_pretraining_loss_prediction_and_gradients(name):
         close(levels.p8, tensors["encoder_out.1"])
         close(levels.p4, tensors["encoder_out.2"])
     if "latent.0" in tensors:
-        for ours, theirs in zip(objective.model.backbone(tensors["input"], keep), ("0", "1", "2"), strict=True):
+        for ours, theirs in zip(
+            objective.model.backbone(tensors["input"], keep), ("0", "1", "2"), strict=True
+        ):
             close(ours, tensors[f"latent.{theirs}"])
 
     loss.backward()
-    gradients = {key.removeprefix("grad."): value for key, value in tensors.items() if key.startswith("grad.")}
+    gradients = {
+        key.removeprefix("grad."): value for key, value in tensors.items() if key.startswith("grad.")
+    }
     assert len(gradients) >= 4
     blank = {key: torch.zeros_like(value) for key, value in state.items()}
     for key, theirs in gradients.items():
@@ -161,8 +174,8 @@ def test_pretraining_loss_prediction_and_gradients(name):
         [(ours, expected)] = [(k, v) for k, v in convert({**blank, key: theirs}).items() if v.any()]
         gradient = objective.get_parameter(ours).grad
         if ours == "model.backbone.position":
-            # At equal sizes torch's bicubic backward passes the gradient straight through although its forward
-            # resamples; the reference has that gradient, ours is the true one: undo our resampling to compare.
+            # At equal sizes torch's bicubic backward passes the gradient straight through although its
+            # forward resamples; the reference has that gradient, ours is the true one: undo it to compare.
             identity = torch.eye(16)
             gradient = torch.linalg.solve(resample_table(identity, (4, 4), (4, 4), offset=0.1).T, gradient)
         gradient_close(gradient, expected)

@@ -1,0 +1,192 @@
+"""The wiring diagram: from a recipe to model, data, objective and evaluation. The only file that knows every
+room."""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from itpn.data.images import ImageList, find_images
+from itpn.data.loader import Batch, steps_per_epoch, train_loader
+from itpn.data.picture import load_image
+from itpn.data.transforms import center_crop
+from itpn.engine.distributed import World, join_world
+from itpn.engine.loop import EpochEnd, train
+from itpn.engine.run import Run
+from itpn.evaluate.knn import check_labels, knn
+from itpn.objectives.pixel import PixelObjective
+from itpn.recipes.pretrain import Pretrain
+from itpn.show.curves import loss_curves
+from itpn.show.reconstruction import reconstruction_picture
+from itpn.weights import files
+
+NUM_PICTURED = 6
+
+
+def pretrain(recipe: Pretrain) -> Path:
+    """Pre-train as the recipe says, or go on where its run stopped; returns the run directory.
+
+    Raises:
+        UserError: settings, data or weights that do not go together.
+    """
+    with join_world(recipe.loop.device) as world:
+        run = Run(recipe.loop.run_dir or Path("runs") / recipe.name, config_of(recipe), world)
+        if run.finished_step is not None:
+            run.say(f"{run.directory} is finished ({run.finished_step} steps); --run-dir names another run")
+            return run.directory
+        images = find_images(recipe.data.root, "train", recipe.data.list)
+        run.say(images.description)
+        steps = steps_per_epoch(len(images), recipe.loop.batch_size)
+        objective = build(recipe)
+        if recipe.init:
+            run.say(files.load_into(objective, files.read(recipe.init)))
+        finished = train(
+            objective,
+            partial(_batches, recipe, images, objective, world),
+            steps_per_epoch=steps,
+            loop=recipe.loop,
+            optim=recipe.optim,
+            schedule=recipe.schedule,
+            run=run,
+            at_epoch_end=[
+                EpochEnd(recipe.loop.picture_every, partial(_pictures, recipe, objective, run)),
+                EpochEnd(recipe.knn.every, _knn(recipe, images, objective, world)),
+            ],
+        )
+        if finished and world.is_main:
+            _finish(recipe, objective, run, recipe.loop.epochs * steps)
+        return run.directory
+
+
+def build(recipe: Pretrain) -> PixelObjective:
+    """The recipe's objective with its starting weights, the same on every rank."""
+    torch.manual_seed(recipe.loop.seed)
+    return PixelObjective(recipe.model, recipe.objective)
+
+
+def config_of(recipe: Any) -> dict[str, Any]:
+    """A recipe as JSON-able values."""
+    return {name: _plain(value) for name, value in dataclasses.asdict(recipe).items()}
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case Path():
+            return str(value)
+        case _:
+            return value
+
+
+def _batches(
+    recipe: Pretrain,
+    images: ImageList,
+    objective: PixelObjective,
+    world: World,
+    start_step: int,
+    device_batch: int,
+) -> Iterator[Batch]:
+    return train_loader(
+        images,
+        recipe.data,
+        image_size=recipe.model.backbone.image_size,
+        draw=objective.draw,
+        seed=recipe.loop.seed,
+        batch_size=recipe.loop.batch_size,
+        micro_batch=device_batch,
+        rank=world.rank,
+        world_size=world.size,
+        start_step=start_step,
+        device=world.device,
+    )
+
+
+def _pictured_root(recipe: Pretrain) -> ImageList:
+    """Images to look at: of the validation split where there is one."""
+    try:
+        return find_images(recipe.data.root, "val")
+    except ValueError:
+        return find_images(recipe.data.root, "train", recipe.data.list)
+
+
+def _pictures(
+    recipe: Pretrain, objective: PixelObjective, run: Run, epoch: int, step: int
+) -> dict[str, float]:
+    """Original, masked, reconstruction and the pyramid's maps of the same images and masks every time."""
+    if not run.world.is_main:
+        return {}
+    images = _pictured_root(recipe)
+    chosen = torch.linspace(0, len(images) - 1, min(NUM_PICTURED, len(images))).long().tolist()
+    size = recipe.model.backbone.image_size
+    pixels = torch.stack([center_crop(load_image(images.path(i)), size) for i in chosen])
+    draw = torch.Generator().manual_seed(recipe.loop.seed)
+    picture = picture_of(objective, pixels.to(run.world.device), draw)
+    picture.save(run.pictures / f"reconstruction-{epoch:04d}.png")
+    return {}
+
+
+def picture_of(
+    objective: PixelObjective, images: Tensor, generator: torch.Generator, captions: Any = ()
+) -> Any:
+    """The reconstruction picture of uint8 ``images [B, 3, H, W]``, each hidden by a mask drawn from
+    ``generator``."""
+    training = objective.training
+    objective.eval()
+    keep = torch.stack([objective.draw(generator)["keep"][0] for _ in images]).to(images.device)
+    shown = objective.reconstruct(images, keep)
+    objective.train(training)
+    names = ("p4", "p8", "p16")
+    return reconstruction_picture(
+        shown.original.cpu(),
+        shown.masked.cpu(),
+        shown.reconstruction.cpu(),
+        [(name, level.cpu()) for name, level in zip(names, shown.levels, strict=False)],
+        captions,
+    )
+
+
+def _knn(recipe: Pretrain, images: ImageList, objective: PixelObjective, world: World) -> Any:
+    """k-NN on the mean of stage 3's tokens; the folders are checked now, before hours of training."""
+    if not recipe.knn.every:
+        return lambda epoch, step: {}
+    root = recipe.knn.root or recipe.data.root
+    train_images = find_images(root, "train") if recipe.knn.root or recipe.data.list else images
+    val_images = find_images(root, "val")
+    check_labels(train_images, val_images)
+
+    def pooled(pixels: Tensor) -> Tensor:
+        tokens: Tensor = objective.model.backbone(objective.normalise(pixels)).c16
+        return tokens.mean(1)
+
+    def evaluate(epoch: int, step: int) -> dict[str, float]:
+        objective.eval()
+        return knn(
+            pooled,
+            train_images,
+            val_images,
+            recipe.knn,
+            image_size=recipe.model.backbone.image_size,
+            device=world.device,
+            rank=world.rank,
+            world_size=world.size,
+            workers=recipe.data.workers,
+        )
+
+    return evaluate
+
+
+def _finish(recipe: Pretrain, objective: PixelObjective, run: Run, step: int) -> None:
+    """What the run leaves behind: weights to fine-tune from, and its curves."""
+    tensors = {n: t for n, t in files.portable(objective).items() if n.startswith(files.MODEL_PARTS)}
+    files.save(run.directory / "pretrained.safetensors", tensors, config_of(recipe))
+    loss_curves({recipe.name: [run.directory / "metrics.jsonl"]}, run.pictures / "curves.png")
+    run.finish(step)
+    run.say(f"finished: {run.directory / 'pretrained.safetensors'} holds backbone and pyramid")
+    run.say(f"look first at {run.pictures}: the newest reconstruction, and curves.png")

@@ -1,0 +1,43 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.engine.test_loop import metrics, same
+from tests.engine.toy import Toy, toy_train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("two_ranks")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "tests.engine.two_ranks", str(directory)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+def test_resuming_on_two_ranks_is_exact(two_ranks: Path) -> None:
+    assert same(two_ranks / "whole", two_ranks / "parts")
+
+
+def test_two_ranks_train_as_one_does(two_ranks: Path, tmp_path: Path) -> None:
+    toy_train(tmp_path, toy=Toy(dropout=0.0), device_batch=3)
+    one, two = metrics(tmp_path), metrics(two_ranks / "plain")
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], abs=1e-6)
+    assert [line["grad_norm"] for line in two] == pytest.approx([line["grad_norm"] for line in one], rel=1e-4)
+
+
+def test_the_rank_that_diverged_is_named_on_all(two_ranks: Path) -> None:
+    for rank in (0, 1):
+        assert "the loss is nan at step 1 on rank 1" in (two_ranks / f"error{rank}").read_text()
