@@ -1,0 +1,160 @@
+"""Finding the images of a data set on disk."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from itpn.errors import UserError
+
+Split = Literal["train", "val"]
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+
+
+class Names:
+    """Millions of file names in one array of bytes, which forked workers share without copying."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self._ends = np.fromiter(accumulate(map(len, encoded)), dtype=np.int64, count=len(encoded))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        index = range(len(self))[index]
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageList:
+    """The images of one split, in a fixed order.
+
+    Attributes:
+        root: The folder that `names` are relative to.
+        labels: Class ids, long [n], or None where the images do not lie in class folders.
+        class_names: The class folders, sorted; None exactly where `labels` is.
+        description: One line to print: how many images, and where they were found.
+    """
+
+    root: Path
+    names: Names
+    labels: Tensor | None
+    class_names: tuple[str, ...] | None
+    description: str
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, index: int) -> Path:
+        return self.root / self.names[index]
+
+
+def find_images(root: Path, split: Split = "train", list_file: Path | None = None) -> ImageList:
+    """The images of a split below `root`, sorted by path, or those that `list_file` names, in its order.
+
+    ROOT/train (or val) is used where it exists, else ROOT/ILSVRC/Data/CLS-LOC/train, else, for training,
+    ROOT itself; each is searched recursively. The first folder level below is the class, if every image lies
+    in such a folder and there are at least two.
+
+    Raises:
+        UserError: A folder is missing, is a file or holds no image; a listed file is missing.
+    """
+    try:
+        return _listed_images(list_file, root) if list_file else _images_below(root, split)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}; check its permissions") from error
+
+
+def _images_below(root: Path, split: Split) -> ImageList:
+    if not root.exists():
+        raise UserError(f"the data folder {root} does not exist; name the folder of images with --data.root")
+    if not root.is_dir():
+        raise UserError(f"{root} is a file; --data.root takes a folder, --data.list a list of paths")
+    folder = _split_folder(root, split)
+    names = sorted(_walk(folder))
+    if not names:
+        found = "is empty" if not any(folder.iterdir()) else "holds no image"
+        raise UserError(f"the data folder {folder} {found}; looked below it for {' '.join(sorted(SUFFIXES))}")
+    return _image_list(folder, names, [name.split("/")[:-1] for name in names], f"under {folder}")
+
+
+def _split_folder(root: Path, split: Split) -> Path:
+    for folder in (root / split, root / "ILSVRC/Data/CLS-LOC" / split):
+        if folder.is_dir():
+            return folder
+    if split != "train":
+        raise UserError(f"{root} has no folder {split!r}; add it or name another root to evaluate on")
+    return root
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Visible image files below root, relative to it; each real folder once, so links cannot loop."""
+    seen: set[tuple[int, int]] = set()
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        status = os.stat(root / folder)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(root / folder) as entries:
+            visible = [entry for entry in sorted(entries, key=_name) if entry.name[0] != "."]
+        folders += [f"{folder}{entry.name}/" for entry in reversed(visible) if entry.is_dir()]
+        yield from (f"{folder}{entry.name}" for entry in visible if _is_image(entry))
+
+
+def _name(entry: os.DirEntry[str]) -> str:
+    return entry.name
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    return os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file()
+
+
+def _listed_images(list_file: Path, root: Path) -> ImageList:
+    if not list_file.is_file():
+        raise UserError(f"the list {list_file} does not exist; --data.list takes a text file of paths")
+    lines = list_file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
+    listed = [line.strip() for line in lines if line.strip()]
+    if not listed:
+        raise UserError(f"the list of images {list_file} is empty; write one path a line")
+    for folder in (root, list_file.parent):
+        missing = [name for name in listed if not (folder / name).is_file()]
+        if not missing:
+            return _image_list(folder, listed, _below_the_common(folder, listed), f"listed in {list_file}")
+    some = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+    raise UserError(
+        f"{list_file} names {len(missing):,} of {len(listed):,} files that do not exist: {some}; "
+        f"paths are relative to {root} or to the list's own folder"
+    )
+
+
+def _below_the_common(folder: Path, names: list[str]) -> list[tuple[str, ...]]:
+    """For each file the folders it lies in, without those that all files share."""
+    parents = [(folder.absolute() / name).parent for name in names]
+    shared = len(Path(os.path.commonpath(parents)).parts)
+    return [parent.parts[shared:] for parent in parents]
+
+
+def _image_list(folder: Path, names: list[str], parents: Sequence[Sequence[str]], where: str) -> ImageList:
+    classes = sorted({parts[0] if parts else "" for parts in parents})
+    labelled = "" not in classes and len(classes) > 1
+    ids = {name: label for label, name in enumerate(classes)}
+    kind = f"in {len(classes):,} class folders" if labelled else "without class folders"
+    return ImageList(
+        root=folder,
+        names=Names(names),
+        labels=torch.tensor([ids[parts[0]] for parts in parents]) if labelled else None,
+        class_names=tuple(classes) if labelled else None,
+        description=f"{len(names):,} images {kind} {where}",
+    )

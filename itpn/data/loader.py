@@ -1,0 +1,262 @@
+"""Batches for training and evaluation.
+
+Position p of an epoch is the p-th image of that epoch's permutation; each step takes the next `batch_size`
+positions, split over micro-steps and ranks. So which images a step sees depends on the global batch alone.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from itpn.data.images import ImageList
+from itpn.data.picture import BadImageError, load_image, open_picture
+from itpn.data.randomness import generator, permutation, replacement
+from itpn.data.transforms import center_crop, random_resized_crop_flip
+from itpn.errors import UserError
+
+Batch = dict[str, Tensor]
+Draw = Callable[[Generator], Batch]
+BadImages = list[tuple[int, str]]
+"""Indices of images that could not be read, and why."""
+Loaded = tuple[Batch | None, BadImages]
+
+MAX_REPLACEMENTS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    root: Path = Path("data/imagenet")
+    """Folder of images; ROOT/train is used where it exists."""
+    list: Path | None = None
+    """Text file with one image path a line, relative to the root or to the file; replaces the search."""
+    min_scale: float = 0.2
+    """Smallest share of an image's area that a random crop covers."""
+    flip: float = 0.5
+    """Probability of mirroring an image."""
+    workers: int | None = None
+    """Processes that load images, per rank; None: what suits the machine, 0: load in the training process."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_scale <= 1:
+            raise UserError(f"data.min_scale is {self.min_scale}; it is a share of the area, in (0, 1]")
+        if not 0 <= self.flip <= 1:
+            raise UserError(f"data.flip is {self.flip}; it is a probability, in [0, 1]")
+        if self.workers is not None and self.workers < 0:
+            raise UserError(f"data.workers is {self.workers}; it is a number of processes, 0 or more")
+
+
+def steps_per_epoch(num_images: int, batch_size: int) -> int:
+    """Whole global batches in an epoch; the images left over are in another epoch's permutation."""
+    if num_images < batch_size:
+        raise UserError(
+            f"{num_images:,} images are fewer than one global batch of {batch_size:,}; "
+            f"add images or lower --batch-size to at most {num_images:,}"
+        )
+    return num_images // batch_size
+
+
+def train_loader(
+    images: ImageList,
+    config: DataConfig,
+    *,
+    image_size: int,
+    draw: Draw,
+    seed: int,
+    batch_size: int,
+    micro_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+    device: torch.device | None = None,
+    on_bad: Callable[[BadImageError], None] | None = None,
+) -> Iterator[Batch]:
+    """Micro-batches of one rank from step `start_step` on, without end.
+
+    An unreadable image is replaced by another one, the same in every run. `on_bad` hears of each, once; by
+    default it is named on stderr.
+
+    Args:
+        draw: What else is random about a sample: generator -> tensors, stacked into the batch. Picklable.
+        batch_size: Global: over all ranks and micro-steps of a step.
+        micro_batch: Images per rank and micro-step.
+
+    Yields:
+        images uint8 [b, 3, S, S], index and epoch long [b], and the drawn tensors [b, …]. `index` is that of
+        the image shown, so a replaced one has its replacement's.
+    """
+    order = MicroBatches(len(images), seed, batch_size, micro_batch, rank, world_size, start_step)
+    samples = TrainSamples(images, config, image_size, draw, seed)
+    loader = _data_loader(samples, order, config.workers, device)
+    return _reporting(loader, images, on_bad or _name_on_stderr)
+
+
+def eval_loader(
+    images: ImageList,
+    *,
+    image_size: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int | None = None,
+    device: torch.device | None = None,
+    on_bad: Callable[[BadImageError], None] | None = None,
+) -> Iterator[Batch]:
+    """Every image exactly once over all ranks: r, r + world_size, … on rank r; the last batch may be smaller.
+
+    Yields:
+        images uint8 [b, 3, S, S], index and labels long [b]. The label is -1 where there is none or the
+        image cannot be read (its pixels are then 0), so that such an image counts as wrong.
+    """
+    mine = range(rank, len(images), world_size)
+    order = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    loader = _data_loader(EvalSamples(images, image_size), order, workers, device)
+    return _reporting(loader, images, on_bad or _name_on_stderr)
+
+
+class MicroBatches(Sampler[list[tuple[int, int]]]):
+    """The (epoch, index) pairs of each micro-step of one rank, from `start_step` on, without end."""
+
+    def __init__(
+        self,
+        num_images: int,
+        seed: int,
+        batch_size: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+    ) -> None:
+        self.steps = steps_per_epoch(num_images, batch_size)
+        if batch_size % (micro_batch * world_size):
+            raise ValueError(f"{batch_size=} is not a multiple of {micro_batch=} times {world_size=}")
+        self.num_images, self.seed, self.start_step = num_images, seed, start_step
+        self.batch_size, self.micro_batch = batch_size, micro_batch
+        self.first, self.stride = rank * micro_batch, world_size * micro_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, step = divmod(self.start_step, self.steps)
+        while True:
+            order = permutation(self.seed, epoch, self.num_images)
+            for start in range(step * self.batch_size, self.steps * self.batch_size, self.batch_size):
+                for offset in range(start + self.first, start + self.batch_size, self.stride):
+                    yield [(epoch, index) for index in order[offset : offset + self.micro_batch].tolist()]
+            epoch, step = epoch + 1, 0
+
+
+class TrainSamples(Dataset[Loaded]):
+    """Maps the (epoch, index) pairs of a micro-batch to the batch and what could not be read on the way.
+
+    The batch is None when too many images in a row could not be read.
+    """
+
+    def __init__(self, images: ImageList, config: DataConfig, image_size: int, draw: Draw, seed: int) -> None:
+        self.images, self.config, self.image_size = images, config, image_size
+        self.draw, self.seed = draw, seed
+
+    def __getitem__(self, pairs: Sequence[tuple[int, int]]) -> Loaded:
+        bad: BadImages = []
+        samples = []
+        for epoch, index in pairs:
+            sample = self._sample(epoch, index, bad)
+            if sample is None:
+                return None, bad
+            samples.append(sample)
+        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}, bad
+
+    def _sample(self, epoch: int, index: int, bad: BadImages) -> Batch | None:
+        shown = index
+        for attempt in range(MAX_REPLACEMENTS):
+            try:
+                pixels = self._pixels(epoch, index, shown)
+            except BadImageError as error:
+                bad.append((shown, error.reason))
+                shown = replacement(self.seed, epoch, index, attempt, len(self.images))
+                continue
+            drawn = self.draw(generator(self.seed, epoch, index, "draw"))
+            return {"images": pixels, "index": torch.tensor(shown), "epoch": torch.tensor(epoch), **drawn}
+        return None
+
+    def _pixels(self, epoch: int, index: int, shown: int) -> Tensor:
+        with open_picture(self.images.path(shown)) as picture:
+            return random_resized_crop_flip(
+                picture,
+                self.image_size,
+                min_scale=self.config.min_scale,
+                flip=self.config.flip,
+                generator=generator(self.seed, epoch, index, "crop"),
+            )
+
+
+class EvalSamples(Dataset[Loaded]):
+    """Maps the indices of a batch to the batch and what could not be read."""
+
+    def __init__(self, images: ImageList, image_size: int) -> None:
+        self.images, self.image_size = images, image_size
+
+    def __getitem__(self, indices: Sequence[int]) -> Loaded:
+        index = torch.tensor(indices)
+        pixels = torch.zeros(len(indices), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        labels = torch.full_like(index, -1) if self.images.labels is None else self.images.labels[index]
+        bad: BadImages = []
+        for row, i in enumerate(indices):
+            try:
+                pixels[row] = center_crop(load_image(self.images.path(i)), self.image_size)
+            except BadImageError as error:
+                bad.append((i, error.reason))
+                labels[row] = -1
+        return {"images": pixels, "index": index, "labels": labels}, bad
+
+
+def _data_loader(
+    dataset: Dataset[Loaded], order: Iterable[Any], workers: int | None, device: torch.device | None
+) -> DataLoader[Loaded]:
+    on_cpu = device is None or device.type == "cpu"
+    workers = default_workers(on_cpu) if workers is None else workers
+    return DataLoader(
+        dataset,
+        batch_size=None,  # the dataset maps a whole batch at a time
+        sampler=order,
+        num_workers=workers,
+        pin_memory=device is not None and device.type == "cuda",
+        worker_init_fn=_leave_interrupts_to_the_parent,
+        generator=Generator(),  # or it would draw from the global one, which belongs to the model
+    )
+
+
+def default_workers(on_cpu: bool) -> int:
+    """Loading processes per rank: training on the CPU needs its cores itself and asks for few images."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(2, share // 2) if on_cpu else max(1, min(16, share))
+
+
+def _leave_interrupts_to_the_parent(_worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal, and the parent needs its batches to end a step cleanly.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _reporting(
+    loader: DataLoader[Loaded], images: ImageList, on_bad: Callable[[BadImageError], None]
+) -> Iterator[Batch]:
+    heard: set[int] = set()
+    for batch, bad in loader:
+        for index, reason in bad:
+            if index not in heard:
+                heard.add(index)
+                on_bad(BadImageError(images.path(index), reason))
+        if batch is None:
+            first = BadImageError(images.path(bad[0][0]), bad[0][1])
+            raise UserError(f"{len(bad)} images in a row cannot be read, the first is {first}")
+        yield batch
+
+
+def _name_on_stderr(bad: BadImageError) -> None:
+    print(f"unreadable image left out: {bad.path}: {bad.reason}", file=sys.stderr)

@@ -1,0 +1,32 @@
+"""Everything random about a sample, as pure functions of (seed, epoch, sample index).
+
+No state is carried from one draw to the next, so a sample's crop, flip and mask are the same whichever worker
+or rank loads it, and after any restart.
+"""
+
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_WORD = (1 << 64) - 1
+
+
+def generator(seed: int, epoch: int, index: int, purpose: str) -> torch.Generator:
+    """A generator of its own for one purpose ("crop", "draw", …) of one sample in one epoch."""
+    words = np.array([seed & _WORD, epoch, index, crc32(purpose.encode())], dtype=np.uint64)
+    # Four words of fixed width, so no two keys share an encoding; SeedSequence's mix is specified and stable.
+    (state,) = np.random.SeedSequence(words.view(np.uint32).tolist()).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state))
+
+
+def permutation(seed: int, epoch: int, n: int) -> Tensor:
+    """The order of one epoch: a permutation of n sample indices, long [n]."""
+    return torch.randperm(n, generator=generator(seed, epoch, 0, "permutation"))
+
+
+def replacement(seed: int, epoch: int, index: int, attempt: int, n: int) -> int:
+    """The sample that stands in for an unreadable one at the given attempt (0, 1, …)."""
+    draws = generator(seed, epoch, index, f"replacement {attempt}")
+    return int(torch.randint(n, (), generator=draws))

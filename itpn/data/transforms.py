@@ -1,0 +1,61 @@
+"""From an image to a uint8 tensor [3, S, S]: the random crop of training, the central one of evaluation."""
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Generator, Tensor
+
+from itpn.data.picture import Box, Picture
+
+ASPECT = (3 / 4, 4 / 3)
+"""Smallest and largest width / height of a random crop."""
+
+TRIES = 10
+
+
+def random_resized_crop_flip(
+    picture: Picture, size: int, *, min_scale: float, flip: float, generator: Generator
+) -> Tensor:
+    """A random crop of `min_scale` to all of the area, bicubic, mirrored with probability `flip`."""
+    box = random_crop_box(*picture.size, min_scale, generator)
+    mirrored = float(torch.rand((), generator=generator)) < flip
+    tensor = to_tensor(picture.cut(box, size))
+    return tensor.flip(-1) if mirrored else tensor
+
+
+def random_crop_box(width: int, height: int, min_scale: float, generator: Generator) -> Box:
+    """Area uniform in [min_scale, 1], aspect log-uniform; if none of the tries fits, the largest central box.
+
+    The distribution of torchvision's RandomResizedCrop, which itself can draw from the global state only.
+    """
+    low, high = math.log(ASPECT[0]), math.log(ASPECT[1])
+    for _ in range(TRIES):
+        area, aspect = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        area = width * height * (min_scale + (1 - min_scale) * area)
+        aspect = math.exp(low + (high - low) * aspect)
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left = int(torch.randint(width - w + 1, (), generator=generator))
+            top = int(torch.randint(height - h + 1, (), generator=generator))
+            return left, top, w, h
+    w = min(width, round(height * ASPECT[1]))
+    h = min(height, round(width / ASPECT[0]))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def center_crop(image: Image.Image, size: int, ratio: float = 224 / 256) -> Tensor:
+    """The shorter side resized (bicubic) to size / ratio, then the central pixels, uint8 [3, size, size]."""
+    shorter = int(size / ratio)
+    width, height = (int(shorter * side / min(image.size)) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    # Only the central pixels are computed: of a very long image the whole would not fit in memory.
+    across, down = image.width / width, image.height / height
+    box = left * across, top * down, (left + size) * across, (top + size) * down
+    return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

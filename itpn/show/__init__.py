@@ -1,0 +1,1 @@
+"""Pictures from tensors and files; nothing here knows a model."""

@@ -1,0 +1,140 @@
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from itpn.data.images import Names, find_images
+from itpn.errors import UserError
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"not looked into")
+
+
+def all_names(root: Path, **options: object) -> list[str]:
+    return list(find_images(root, **options).names)  # type: ignore[arg-type]
+
+
+def test_class_folders_become_labels(tmp_path: Path) -> None:
+    touch(tmp_path, "train/dog/b.png", "train/cat/deep/a.JPG", "train/cat/c.webp", "train/cat/notes.txt")
+    images = find_images(tmp_path)
+    assert list(images.names) == ["cat/c.webp", "cat/deep/a.JPG", "dog/b.png"]
+    assert images.class_names == ("cat", "dog")
+    assert images.labels is not None and images.labels.tolist() == [0, 0, 1]
+    assert images.path(2) == tmp_path / "train/dog/b.png"
+    assert images.description == f"3 images in 2 class folders under {tmp_path / 'train'}"
+
+
+@pytest.mark.parametrize("names", [["a.jpg", "cat/b.jpg", "dog/c.jpg"], ["all/a.jpg", "all/b.jpg"]])
+def test_an_image_outside_or_a_single_folder_means_no_labels(tmp_path: Path, names: list[str]) -> None:
+    touch(tmp_path, *names)
+    images = find_images(tmp_path)
+    assert images.labels is None and images.class_names is None
+    assert images.description == f"{len(names)} images without class folders under {tmp_path}"
+
+
+def test_the_folder_is_chosen_in_the_documented_order(tmp_path: Path) -> None:
+    touch(tmp_path, "other/x.jpg")
+    assert all_names(tmp_path) == ["other/x.jpg"]
+    touch(tmp_path, "ILSVRC/Data/CLS-LOC/train/n01/y.jpg", "ILSVRC/Data/CLS-LOC/val/w.jpg")
+    assert all_names(tmp_path) == ["n01/y.jpg"]
+    touch(tmp_path, "train/z.jpg", "val/v.jpg")
+    assert all_names(tmp_path) == ["z.jpg"]
+    assert all_names(tmp_path, split="val") == ["v.jpg"]
+
+
+def test_hidden_and_special_files_are_left_out(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", ".hidden.jpg", ".thumbnails/b.jpg", "folder.jpg/c.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    assert all_names(tmp_path) == ["a.jpg", "folder.jpg/c.jpg"]
+
+
+def test_links_are_followed_but_not_around(tmp_path: Path) -> None:
+    touch(tmp_path, "elsewhere/b.jpg", "root/in/a.jpg")
+    root = tmp_path / "root"
+    (root / "in" / "loop").symlink_to(root)
+    (root / "out").symlink_to(tmp_path / "elsewhere")
+    (root / "link.jpg").symlink_to(root / "in" / "a.jpg")
+    assert all_names(root) == ["in/a.jpg", "link.jpg", "out/b.jpg"]
+
+
+def test_names_in_any_alphabet(tmp_path: Path) -> None:
+    names = ["图像/猫.jpg", "ñandú/été 1.png", "кот/🙂.jpg", os.fsdecode(b"bad\xff\xfe/x.jpg")]
+    touch(tmp_path, *names)
+    images = find_images(tmp_path)
+    assert sorted(images.names) == sorted(names)
+    assert all(images.path(i).is_file() for i in range(4))
+
+
+def test_packed_names_read_like_a_list() -> None:
+    names = ["a", "", "čč/d", "e"]
+    packed = pickle.loads(pickle.dumps(Names(names)))
+    assert list(packed) == names and packed[-1] == "e" and len(packed) == 4
+    with pytest.raises(IndexError):
+        packed[4]
+
+
+def test_a_list_of_paths_relative_to_the_root_or_to_itself(tmp_path: Path) -> None:
+    touch(tmp_path, "root/train/dog/b.jpg", "root/train/cat/a.jpg")
+    lines = "train/dog/b.jpg\r\n\n  train/cat/a.jpg\n"
+    for place, root in (("elsewhere.txt", tmp_path / "root"), ("root/list.txt", tmp_path / "missing")):
+        list_file = tmp_path / place
+        list_file.write_text("\ufeff" + lines, encoding="utf-8")
+        images = find_images(root, list_file=list_file)
+        assert list(images.names) == ["train/dog/b.jpg", "train/cat/a.jpg"]
+        assert images.class_names == ("cat", "dog")
+        assert images.labels is not None and images.labels.tolist() == [1, 0]
+        assert images.path(0).samefile(tmp_path / "root/train/dog/b.jpg")
+
+
+def test_a_list_may_name_absolute_paths(tmp_path: Path) -> None:
+    touch(tmp_path, "x/a.jpg", "b.jpg")
+    list_file = tmp_path / "list.txt"
+    list_file.write_text(f"{tmp_path / 'x/a.jpg'}\nb.jpg\n")
+    images = find_images(tmp_path / "none", list_file=list_file)
+    assert all(images.path(i).is_file() for i in range(2))
+    assert images.labels is None
+
+
+def error_of(root: Path, **options: object) -> str:
+    with pytest.raises(UserError) as caught:
+        find_images(root, **options)  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_errors_name_the_cause_and_the_cure(tmp_path: Path) -> None:
+    touch(tmp_path, "file", "notes/readme.txt")
+    (tmp_path / "empty").mkdir()
+    assert "does not exist" in (message := error_of(tmp_path / "gone")) and "--data.root" in message
+    assert "is a file" in (message := error_of(tmp_path / "file")) and "--data.list" in message
+    assert "is empty" in error_of(tmp_path / "empty")
+    assert "holds no image" in (message := error_of(tmp_path / "notes")) and ".jpg" in message
+    assert "has no folder 'val'" in error_of(tmp_path, split="val")
+
+
+def test_errors_of_a_list(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg")
+    list_file = tmp_path / "list.txt"
+    assert "does not exist" in error_of(tmp_path, list_file=list_file)
+    list_file.write_text("\n \n")
+    assert "is empty" in error_of(tmp_path, list_file=list_file)
+    list_file.write_text("a.jpg\nb.jpg\nc.jpg\nd.jpg\ne.jpg\n")
+    message = error_of(tmp_path, list_file=list_file)
+    assert "4 of 5 files that do not exist: b.jpg, c.jpg, d.jpg, …" in message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_folder_is_named(tmp_path: Path) -> None:
+    touch(tmp_path, "locked/a.jpg")
+    (tmp_path / "locked").chmod(0)
+    try:
+        assert f"cannot read {tmp_path / 'locked'}" in error_of(tmp_path)
+    finally:
+        (tmp_path / "locked").chmod(0o700)

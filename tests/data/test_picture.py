@@ -1,0 +1,256 @@
+import io
+import os
+import pickle
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from itpn.data import picture
+from itpn.data.picture import BadImageError, load_image, open_picture
+
+RNG = np.random.default_rng(0)
+COLOURS = RNG.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+
+
+def saved(image: Image.Image, path: Path, **options: object) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def pixels(path: Path) -> np.ndarray:
+    image = load_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def reason_of(path: Path) -> str:
+    with pytest.raises(BadImageError) as caught:
+        load_image(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "ppm", "webp"])
+def test_lossless_colour_comes_through(tmp_path: Path, suffix: str) -> None:
+    path = saved(
+        Image.fromarray(COLOURS), tmp_path / f"x.{suffix}", **{"lossless": True} if suffix == "webp" else {}
+    )
+    assert np.array_equal(pixels(path), COLOURS)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "gif", "jpg"])
+def test_grey_and_bilevel_are_repeated(tmp_path: Path, suffix: str) -> None:
+    grey = Image.fromarray(COLOURS[..., 0])
+    for name, image in (("grey", grey), ("bilevel", grey.point(lambda v: 255 * (v > 99)).convert("1"))):
+        loaded = pixels(saved(image, tmp_path / f"{name}.{suffix}"))
+        assert (loaded == loaded[..., :1]).all()
+        if suffix != "jpg":
+            assert np.array_equal(loaded[..., 0], np.asarray(image.convert("L")))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_16_bit_grey_keeps_its_full_range(tmp_path: Path, suffix: str) -> None:
+    values = np.array([[0, 128, 129, 257, 32768, 65278, 65535]], dtype=np.uint16)
+    path = saved(Image.fromarray(values), tmp_path / f"x.{suffix}")
+    assert pixels(path)[0, :, 0].tolist() == np.rint(values[0] / 257).astype(int).tolist()
+
+
+def test_16_bit_colour_keeps_its_high_byte(tmp_path: Path) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    row = b"\0" + struct.pack(">6H", 0, 255, 256, 32768, 65279, 65535)
+    header = chunk(b"IHDR", struct.pack(">2I5B", 2, 1, 16, 2, 0, 0, 0))
+    file = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+    (tmp_path / "x.png").write_bytes(file)
+    assert pixels(tmp_path / "x.png").tolist() == [[[0, 0, 1], [128, 254, 255]]]
+
+
+def test_alpha_is_composited_on_white(tmp_path: Path) -> None:
+    alpha = RNG.integers(0, 256, (6, 8, 1), dtype=np.uint8)
+    expected = (COLOURS * (alpha / 255) + 255 * (1 - alpha / 255)).round()
+    rgba = Image.fromarray(np.concatenate([COLOURS, alpha], axis=2))
+    assert np.abs(pixels(saved(rgba, tmp_path / "x.png")) - expected).max() <= 1
+    assert np.abs(pixels(saved(rgba, tmp_path / "x.tif")) - expected).max() <= 1
+    grey = pixels(saved(rgba.convert("LA"), tmp_path / "grey.png"))
+    assert (grey[alpha[..., 0] < 2] > 250).all()
+
+
+def test_palettes_with_and_without_transparency(tmp_path: Path) -> None:
+    image = Image.fromarray(np.array([[0, 1, 2]], dtype=np.uint8), mode="P")
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    assert pixels(saved(image, tmp_path / "x.png")).tolist() == [[[10, 20, 30], [40, 50, 60], [70, 80, 90]]]
+    clear = saved(image, tmp_path / "y.png", transparency=1)
+    assert pixels(clear).tolist() == [[[10, 20, 30], [255, 255, 255], [70, 80, 90]]]
+    assert pixels(saved(image, tmp_path / "z.gif", transparency=1))[0, 1].tolist() == [255, 255, 255]
+
+
+def test_a_colour_key_in_rgb_is_transparent(tmp_path: Path) -> None:
+    image = Image.fromarray(COLOURS)
+    loaded = pixels(saved(image, tmp_path / "x.png", transparency=tuple(int(v) for v in COLOURS[2, 3])))
+    assert loaded[2, 3].tolist() == [255, 255, 255]
+    assert np.array_equal(loaded[0], COLOURS[0])
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr"])
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+def test_other_colour_spaces_look_alike(tmp_path: Path, mode: str, suffix: str) -> None:
+    flat = Image.new("RGB", (16, 16), (200, 100, 50))
+    loaded = pixels(saved(flat.convert(mode), tmp_path / f"x.{suffix}"))
+    assert np.abs(loaded.astype(int) - (200, 100, 50)).max() <= 6
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_exif_rotation_is_applied_as_pillow_does(tmp_path: Path, orientation: int, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(Image.fromarray(COLOURS), tmp_path / f"x.{suffix}", exif=exif)
+    with Image.open(path) as image:
+        expected = ImageOps.exif_transpose(image).convert("RGB")
+    assert np.array_equal(pixels(path), np.asarray(expected))
+    assert expected.size == ((6, 8) if orientation >= 5 else (8, 6))
+    with open_picture(path) as opened:
+        assert opened.size == expected.size
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif"])
+def test_of_an_animation_the_first_frame_is_taken(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("black", "white", "red")]
+    path = saved(frames[0], tmp_path / f"x.{suffix}", save_all=True, append_images=frames[1:])
+    assert pixels(path).max() == 0
+
+
+def test_a_multi_picture_jpeg_is_a_jpeg(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("black", "white")]
+    path = saved(frames[0], tmp_path / "x.jpg", format="MPO", save_all=True, append_images=frames[1:])
+    with open_picture(path) as opened:
+        assert np.asarray(opened.cut((0, 0, 64, 64), 16)).max() < 4
+
+
+def test_the_content_counts_not_the_suffix(tmp_path: Path) -> None:
+    path = saved(Image.fromarray(COLOURS), tmp_path / "mislabelled.jpg", format="PNG")
+    assert np.array_equal(pixels(path), COLOURS)
+
+
+def test_one_pixel(tmp_path: Path) -> None:
+    assert pixels(saved(Image.new("RGB", (1, 1), (1, 2, 3)), tmp_path / "x.png")).tolist() == [[[1, 2, 3]]]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_cut_is_a_crop_of_the_upright_image(tmp_path: Path, orientation: int, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise = Image.fromarray(RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    path = saved(noise, tmp_path / f"x.{suffix}", exif=exif)
+    upright = load_image(path)
+    width, height = upright.size
+    for left, top in ((0, 0), (width - 20, 0), (0, height - 20), (7, 11)):
+        with open_picture(path) as opened:
+            cut = opened.cut((left, top, 20, 20), 20)
+        assert np.array_equal(np.asarray(cut), np.asarray(upright)[top : top + 20, left : left + 20])
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(("size", "factor"), [(101, 1), (100, 2), (51, 2), (50, 4), (26, 4), (24, 8), (7, 8)])
+def test_a_scaled_decode_leaves_the_box_no_smaller_than_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orientation: int, size: int, factor: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(Image.new("RGB", (400, 300)), tmp_path / "x.jpg", exif=exif)
+    decoded = []
+    crop = Image.Image.crop
+    monkeypatch.setattr(Image.Image, "crop", lambda self, box: decoded.append(self.size) or crop(self, box))
+    with open_picture(path) as opened:
+        opened.cut((10, 20, 200, 250), size)
+    assert decoded == [(400 // factor, -(-300 // factor))]
+
+
+def test_broken_exif_does_not_spoil_a_sound_image(tmp_path: Path) -> None:
+    path = saved(
+        Image.fromarray(COLOURS), tmp_path / "x.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xff" * 40
+    )
+    assert pixels(path).shape == COLOURS.shape
+
+
+def jpeg() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def test_hostile_files_are_named_with_a_reason(tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    path.write_bytes(b"")
+    assert "empty" in reason_of(path)
+    path.write_bytes(b"<html>404 not found</html>")
+    assert "not an image" in reason_of(path)
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # Pillow would start Ghostscript
+    assert "not an image" in reason_of(path)
+    path.write_bytes(jpeg()[:1000])
+    assert "truncated" in reason_of(path)
+    assert "No such file" in reason_of(tmp_path / "gone.jpg")
+    assert "not a regular file" in reason_of(tmp_path)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert "not a regular file" in reason_of(tmp_path / "pipe.jpg")
+
+
+def test_pixels_without_a_known_range_are_refused(tmp_path: Path) -> None:
+    values = np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)
+    assert "floating-point" in reason_of(saved(Image.fromarray(values), tmp_path / "x.tif"))
+    assert "outside 0 to 65535" in reason_of(
+        saved(Image.fromarray(np.array([[70000]], dtype=np.int32)), tmp_path / "y.tif")
+    )
+
+
+def test_a_bomb_is_refused_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(Image.new("1", (12_000, 12_000)), tmp_path / "big.png")
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    assert "12,000 x 12,000" in reason_of(path)
+    monkeypatch.setattr(picture, "MAX_PIXELS", 1 << 40)
+    (tmp_path / "huge.bmp").write_bytes(
+        b"BM"
+        + struct.pack("<IHHI", 54, 0, 0, 54)
+        + struct.pack("<IiiHHIIiiII", 40, 40_000, 40_000, 1, 24, 0, 0, 0, 0, 0, 0)
+    )
+    assert "exceeds limit" in reason_of(tmp_path / "huge.bmp")
+
+
+def test_an_error_survives_the_way_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(BadImageError(Path("a.jpg"), "because")))
+    assert (error.path, error.reason) == (Path("a.jpg"), "because")
+
+
+SOUND = {
+    kind: (lambda buffer: (Image.fromarray(COLOURS).save(buffer, kind), buffer.getvalue())[1])(io.BytesIO())
+    for kind in picture.FORMATS
+}
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=st.sampled_from(picture.FORMATS),
+    edits=st.lists(st.tuples(st.integers(0, 10_000), st.binary(min_size=1, max_size=8)), max_size=6),
+    cut=st.integers(0, 10_000),
+)
+def test_a_damaged_file_is_read_or_refused(
+    tmp_path: Path, kind: str, edits: list[tuple[int, bytes]], cut: int
+) -> None:
+    data = bytearray(SOUND[kind])
+    for place, change in edits:
+        start = place % len(data)
+        data[start : start + len(change)] = change
+    path = tmp_path / "x"
+    path.write_bytes(data[: len(data) - cut % (2 * len(data))] if cut % 3 == 0 else data)
+    try:
+        assert load_image(path).mode == "RGB"
+    except BadImageError as error:
+        assert error.path == path and error.reason
