@@ -1,8 +1,8 @@
 """The wiring diagram: from a recipe to model, data, objective and evaluation. The only file that knows every
 room."""
 
-import dataclasses
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,11 @@ from itpn.data.transforms import center_crop
 from itpn.engine.distributed import World, join_world
 from itpn.engine.loop import EpochEnd, train
 from itpn.engine.run import Run
+from itpn.errors import UserError
 from itpn.evaluate.knn import check_labels, knn
-from itpn.objectives.pixel import PixelObjective
+from itpn.nn.pyramid import ModelConfig
+from itpn.objectives.features import FeaturesConfig
+from itpn.objectives.pixel import PixelConfig, PixelObjective
 from itpn.recipes.pretrain import Pretrain
 from itpn.show.curves import loss_curves
 from itpn.show.reconstruction import reconstruction_picture
@@ -68,9 +71,28 @@ def build(recipe: Pretrain) -> PixelObjective:
     return PixelObjective(recipe.model, recipe.objective)
 
 
+def load_objective(path: Path, *, mask_ratio: float | None = None) -> PixelObjective:
+    """The objective of a run directory or a file with decoder, to look at what it does.
+
+    Raises:
+        UserError: there is no such file, it is none of ours, or it holds no decoder.
+    """
+    weights = files.read(path)
+    if "decoder" not in weights.parts:
+        raise UserError(
+            f"{weights.path} holds {', '.join(sorted(weights.parts))} but no decoder; "
+            "name the run directory, or a checkpoint's model.safetensors"
+        )
+    trained = weights.part("objective", PixelConfig)
+    config = replace(trained, features=FeaturesConfig(), mask_ratio=mask_ratio or trained.mask_ratio)
+    objective = PixelObjective(weights.part("model", ModelConfig), config)
+    files.load_into(objective, weights.without("features"))
+    return objective
+
+
 def config_of(recipe: Any) -> dict[str, Any]:
     """A recipe as JSON-able values."""
-    return {name: _plain(value) for name, value in dataclasses.asdict(recipe).items()}
+    return {name: _plain(value) for name, value in asdict(recipe).items()}
 
 
 def _plain(value: Any) -> Any:

@@ -4,9 +4,9 @@ A hierarchical vision transformer whose first two stages are MLPs that never mix
 units can be dropped before any work, and whose third stage is a plain vision transformer over the units.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -262,10 +262,10 @@ class HiViT(nn.Module):
 
     def _run(self, block: nn.Module, *args: Any) -> Tensor:
         if self.config.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)  # type: ignore[no-any-return]
-        return block(*args)  # type: ignore[no-any-return]
+            return cast(Tensor, checkpoint(block, *args, use_reentrant=False))
+        return cast(Tensor, block(*args))
 
     @staticmethod
-    def _split_drops(drop: Tensor | None, blocks: Sequence[Any] | nn.ModuleList) -> Iterator[Tensor | None]:
-        counts: list[int] = [block.num_drops for block in blocks]
+    def _split_drops(drop: Tensor | None, blocks: Iterable[Any]) -> Iterator[Tensor | None]:
+        counts = [block.num_drops for block in blocks]
         return iter([None] * len(counts) if drop is None else torch.split(drop, counts, dim=1))

@@ -59,7 +59,7 @@ class PixelObjective(nn.Module):
         super().__init__()
         backbone, width = model.backbone, config.decoder.width
         self.config = config
-        self.num_kept = num_kept(backbone.num_units, config.mask_ratio)
+        self.num_units, self.num_kept = backbone.num_units, num_kept(backbone.num_units, config.mask_ratio)
         self.model = Model(model)
         self.embed = build_embed(model, config.decoder)
         self.mask_token = nn.Parameter(torch.empty(width))
@@ -78,7 +78,7 @@ class PixelObjective(nn.Module):
         """What the loader draws for each sample."""
         backbone = self.model.backbone
         num_drops = backbone.num_drops if backbone.config.drop_path else 0
-        return RandomMasking(backbone.config.num_units, self.num_kept, self.config.masks_per_image, num_drops)
+        return RandomMasking(self.num_units, self.num_kept, self.config.masks_per_image, num_drops)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """From ``images: uint8 [B, c, H, W]``, ``keep: long [B, M, K]``, perhaps ``drop [B, M, D]``.

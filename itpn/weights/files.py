@@ -7,7 +7,7 @@ objective's. Fixed tables of decoders stay out: they follow from the config.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,15 @@ class Weights:
     tensors: dict[str, Tensor]
     config: dict[str, Any]
     """The run's whole config, as JSON values."""
+
+    @property
+    def parts(self) -> set[str]:
+        """What the file holds: backbone, pyramid, decoder …"""
+        return {name.split(".")[0] for name in self.tensors}
+
+    def without(self, part: str) -> "Weights":
+        kept = {name: tensor for name, tensor in self.tensors.items() if name.split(".")[0] != part}
+        return replace(self, tensors=kept)
 
     def part(self, name: str, kind: type[T]) -> T:
         """A part of the config as its dataclass, e.g. ``part("model", ModelConfig)``."""
@@ -105,8 +114,7 @@ def load_into(objective: nn.Module, weights: Weights) -> str:
     own = {name.removeprefix("model."): name for name in objective.state_dict()}
     state = objective.state_dict()
     parts = sorted({name.split(".")[0] for name in own})
-    present = {name.split(".")[0] for name in weights.tensors}
-    taken = [part for part in parts if part in present]
+    taken = [part for part in parts if part in weights.parts]
     wrong = [
         f"{name} is {_shape(weights.tensors.get(name))} there, {_shape(state.get(own.get(name, '')))} here"
         for name in {**own, **weights.tensors}

@@ -24,7 +24,7 @@ def write(folder: Path, count: int, rng: np.random.Generator, spread: int = 250)
     """Images of one colour per class, scattered so widely that the classes overlap."""
     for label in range(CLASSES):
         (folder / f"class {label}").mkdir(parents=True)
-        colour = np.array([255 * (label % 2), 255 * (label // 2 % 2), 36 * label])
+        colour = np.array([255 * ((label + 1) % 2), 255 * (label // 2 % 2), 36 * label])
         for i in range(count):
             pixels = np.clip(colour + rng.integers(-spread, spread, 3), 0, 255) + np.zeros((20, 20, 3))
             Image.fromarray(pixels.astype(np.uint8)).save(folder / f"class {label}" / f"{i}.png")
@@ -34,6 +34,7 @@ def write(folder: Path, count: int, rng: np.random.Generator, spread: int = 250)
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root, rng = tmp_path_factory.mktemp("knn"), np.random.default_rng(0)
     write(root / "train", 5, rng)
+    (root / "train/class 6/4.png").unlink()  # 34 images: of three ranks two hold one less
     write(root / "val", 3, rng)
     return root
 
@@ -97,7 +98,10 @@ def test_unreadable_images_are_no_neighbours_and_count_as_wrong(tmp_path: Path) 
     write(tmp_path / "train", 3, rng, spread=2)
     write(tmp_path / "val", 2, rng, spread=2)
     (tmp_path / "val/class 3/1.png").write_bytes(b"")
-    (tmp_path / "train/class 0/0.png").write_bytes(b"")
+    (tmp_path / "train/class 5/0.png").write_bytes(b"")
+    # A black image, to which the unreadable one's pixels would be nearest.
+    Image.new("RGB", (20, 20)).save(tmp_path / "val/class 1/0.png")
+    Image.new("RGB", (20, 20), (5, 5, 0)).save(tmp_path / "train/class 1/0.png")
     train, val = find_images(tmp_path), find_images(tmp_path, "val")
     assert measured(train, val, k=1)["knn_top1"] == pytest.approx(13 / 14)
     assert measured(train, val) == expected(train, val)
@@ -105,22 +109,24 @@ def test_unreadable_images_are_no_neighbours_and_count_as_wrong(tmp_path: Path) 
 
 def run_rank(rank: int, root: Path, store: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}/group", rank=rank, world_size=2)
-    result = measured(find_images(root), find_images(root, "val"), rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{store}/group", rank=rank, world_size=3)
+    result = measured(find_images(root), find_images(root, "val"), rank=rank, world_size=3)
+    rows = torch.arange(20).view(10, 2)
+    assert torch.equal(module._gathered(rows[rank::3], 10, rank, 3), rows)
     (store / f"{rank}").write_text(repr(result))
     dist.destroy_process_group()
 
 
-def test_two_ranks_agree_with_one(root: Path, tmp_path: Path) -> None:
+def test_three_ranks_agree_with_one(root: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=run_rank, args=(rank, root, tmp_path)) for rank in range(2)]
+    ranks = [context.Process(target=run_rank, args=(rank, root, tmp_path)) for rank in range(3)]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join(60)
         assert process.exitcode == 0
     one = repr(measured(find_images(root), find_images(root, "val")))
-    assert [(tmp_path / f"{rank}").read_text() for rank in range(2)] == [one, one]
+    assert [(tmp_path / f"{rank}").read_text() for rank in range(3)] == [one] * 3
 
 
 def test_missing_labels_and_other_classes_are_named(root: Path, tmp_path: Path) -> None:

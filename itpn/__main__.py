@@ -1,0 +1,7 @@
+"""`python -m itpn` is `itpn`."""
+
+import sys
+
+from itpn.cli import main
+
+sys.exit(main())

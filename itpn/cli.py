@@ -1,0 +1,53 @@
+"""`itpn COMMAND …`. A command's module, and with it torch, is imported only once the command is known."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from itpn import __version__
+from itpn.errors import UserError
+
+COMMANDS = {
+    "train": ("itpn.commands.train", "pre-train as a config says; the same command again resumes"),
+    "reconstruct": ("itpn.commands.reconstruct", "show what a run fills in where images are masked"),
+    "info": ("itpn.commands.info", "a config's parameters and multiply-adds"),
+    "configs": ("itpn.commands.configs", "list the configs"),
+    "sample-data": ("itpn.commands.sample_data", "write the sample as image folder, COCO and ADE20K"),
+    "demo": ("itpn.commands.demo", "pre-train a nano model on the sample and show what it learned"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Exit status 2 is the user's mistake, told in one line; 130 an interruption."""
+    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        match name:
+            case "-h" | "--help" | "help":
+                print(usage())
+            case "--version":
+                print(f"itpn {__version__}")
+            case _:
+                importlib.import_module(module_of(name)).run(rest)
+    except UserError as error:
+        print(f"itpn: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("itpn: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {promise}" for name, (_, promise) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: itpn COMMAND …", "", *lines, "", "`itpn COMMAND --help` says what a command takes."]
+    )
+
+
+def module_of(name: str) -> str:
+    if name in COMMANDS:
+        return COMMANDS[name][0]
+    near = difflib.get_close_matches(name, COMMANDS, cutoff=0.4) or list(COMMANDS)
+    raise UserError(f"there is no command {name!r}; perhaps you meant {' or '.join(near)}")

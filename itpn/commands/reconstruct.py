@@ -1,0 +1,57 @@
+"""`itpn reconstruct RUN IMAGES…`: what a model fills in where images are masked, as a picture."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from itpn.commands.arguments import parse
+from itpn.data.images import find_images
+from itpn.data.picture import load_image
+from itpn.data.transforms import center_crop
+from itpn.engine.distributed import DeviceName, choose_device
+from itpn.tasks import load_objective, picture_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruct:
+    """Show original, masked image, reconstruction and the pyramid's maps of any images."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run directory, one of its checkpoints' model.safetensors, or a file with decoder."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image files; a folder stands for the first of its images."""
+    out: Path = Path("reconstruction.png")
+    """Picture to write."""
+    num: int = 8
+    """Images taken from a folder."""
+    mask_ratio: float | None = None
+    """Share of the units that are hidden; as in training if not given."""
+    seed: int = 0
+    """Draws the masks."""
+    device: DeviceName = "auto"
+    """Where to compute."""
+
+
+def run(arguments: list[str]) -> None:
+    options = parse(Reconstruct, arguments, "itpn reconstruct")
+    device = choose_device(options.device)
+    objective = load_objective(options.run, mask_ratio=options.mask_ratio).to(device)
+    paths = [path for given in options.images for path in _images(given, options.num)]
+    size = objective.model.backbone.config.image_size
+    pixels = torch.stack([center_crop(load_image(path), size) for path in paths]).to(device)
+    generator = torch.Generator().manual_seed(options.seed)
+    picture = picture_of(objective, pixels, generator, [path.name for path in paths])
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(options.out)
+    print(f"{options.out}: {len(paths)} images, {objective.num_kept} of {objective.num_units} units visible")
+
+
+def _images(given: Path, num: int) -> list[Path]:
+    if not given.is_dir():
+        return [given]
+    found = find_images(given, "val" if (given / "val").is_dir() else "train")
+    chosen = torch.linspace(0, len(found) - 1, min(num, len(found))).long().tolist()
+    return [found.path(i) for i in chosen]

@@ -1,0 +1,207 @@
+"""Checkpoints: directories of safetensors and JSON, written so that a kill at any moment leaves a whole one.
+
+checkpoints/last                          the step to go on from, as text
+checkpoints/00012000/model.safetensors    state_dict() of the objective; the run's config in its metadata
+checkpoints/00012000/optimizer.safetensors
+checkpoints/00012000/state.json           step, config, format, hashes of the two files and of itself
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from itpn.errors import UserError
+
+FORMAT = 1
+MODEL, OPTIMIZER, STATE, LAST = "model.safetensors", "optimizer.safetensors", "state.json", "last"
+
+
+class DamagedError(Exception):
+    """A checkpoint that is not what was written."""
+
+
+def save(
+    root: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    config: Mapping[str, Any],
+    scaler: Mapping[str, Any],
+) -> Path:
+    """Written beside, fsynced, renamed; only then does `last` move."""
+    directory, beside = root / f"{step:08d}", root / f".writing-{step:08d}"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        metadata = {"config": json.dumps(config)}  # one entry: the order of more is random in the file
+        save_file({name: _for_file(t) for name, t in model.state_dict().items()}, beside / MODEL, metadata)
+        save_file(optimizer_tensors(optimizer), beside / OPTIMIZER)
+        hashes = {name: _hash(beside / name) for name in (MODEL, OPTIMIZER)}
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "scaler": dict(scaler),
+            "hashes": hashes,
+            "config": dict(config),
+        }
+        (beside / STATE).write_text(json.dumps({**state, "checksum": _checksum(state)}, indent=1))
+        for path in (*beside.iterdir(), beside):
+            sync(path)
+        # What stands there now is older than `last` allows: a damaged one, or one from before a step back.
+        shutil.rmtree(directory, ignore_errors=True)
+        beside.rename(directory)
+        sync(root)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    write_text(root / LAST, directory.name)
+    return directory
+
+
+def latest(root: Path, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that `last` names, or the newest whole one before it; None where there is none at all.
+
+    Raises:
+        UserError: there are checkpoints, but none is whole.
+    """
+    steps = _steps(root)
+    if not steps:
+        return None
+    last = (root / LAST).read_text().strip() if (root / LAST).is_file() else ""
+    newest = int(last) if last.isdecimal() else steps[-1]
+    for step in reversed([step for step in steps if step <= newest]):
+        directory = root / f"{step:08d}"
+        try:
+            read_state(directory)
+            return directory
+        except DamagedError as error:
+            say(f"checkpoint {directory} is damaged ({error}): going back to the one before")
+    raise UserError(f"no whole checkpoint is left in {root}: start a new run with another --run-dir")
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """The verified state.json.
+
+    Raises:
+        DamagedError: a file is missing, cut short or changed.
+        UserError: a later version wrote it.
+    """
+    try:
+        state: dict[str, Any] = json.loads((directory / STATE).read_text())
+        checksum = state.pop("checksum")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise DamagedError(f"{STATE}: {error}") from error
+    if checksum != _checksum(state):
+        raise DamagedError(f"{STATE}: its checksum differs")
+    if state["format"] > FORMAT:
+        raise UserError(
+            f"{directory} has format {state['format']}, this version reads up to {FORMAT}: update itpn"
+        )
+    for name, expected in state["hashes"].items():
+        if not (directory / name).is_file():
+            raise DamagedError(f"{name} is missing")
+        if _hash(directory / name) != expected:
+            raise DamagedError(f"{name}: its hash differs")
+    return state
+
+
+def load_model(directory: Path, model: nn.Module) -> None:
+    """Strict: names and shapes must be the same, or UserError names the first that are not."""
+    here = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    with safe_open(directory / MODEL, framework="pt") as file:
+        there = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    if differing:
+        shapes = "; ".join(
+            f"{name} is {there.get(name, 'missing')} there, {here.get(name, 'missing')} here"
+            for name in differing[:3]
+        )
+        raise UserError(
+            f"{directory} holds another model ({len(differing)} tensors differ: {shapes}): "
+            "train the model it was made with, or give this one its own --run-dir"
+        )
+    model.load_state_dict(load_file(directory / MODEL))
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimiser's state by parameter: `NAME.exp_avg` and so on."""
+    return {
+        f"{name}.{key}": _for_file(value)
+        for name, parameter in _named(optimizer).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer(directory: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Rates and decays stay this run's own; only the state is loaded."""
+    index = {name: i for i, name in enumerate(_named(optimizer))}
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for entry, tensor in load_file(directory / OPTIMIZER).items():
+        name, _, key = entry.rpartition(".")
+        if name not in index:
+            raise UserError(
+                f"{directory} trained {name}, which is frozen now: "
+                "freeze what it froze, or use another --run-dir"
+            )
+        state.setdefault(index[name], {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def prune(root: Path, step: int, *, keep_last: int, keep_every: int | None) -> None:
+    """Deletes what is older than the last `keep_last` up to `step`, except every `keep_every` steps."""
+    steps = [other for other in _steps(root) if other <= step]
+    for old in steps[: -max(keep_last, 1)]:
+        if not keep_every or old % keep_every:
+            shutil.rmtree(root / f"{old:08d}", ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces the file at once: readers see the old text or the new one."""
+    beside = path.with_name(f".{path.name}.writing")
+    beside.write_text(text)
+    sync(beside)
+    beside.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _steps(root: Path) -> list[int]:
+    return sorted(int(path.name) for path in root.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
+
+
+def _named(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+
+
+def _for_file(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,104 @@
+"""Ranks and devices. One process is a world of one; `torchrun` makes larger ones."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from itpn.errors import UserError
+
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all that train together."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """The same-shaped `values` [...] of every rank, as float64 on the CPU: [size, ...]."""
+        if self.size == 1:
+            return values.cpu().double()[None]
+        rows = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(rows, values)
+        return torch.stack(rows).cpu().double()
+
+    def largest(self, *numbers: float) -> list[float]:
+        """Each number's maximum over the ranks, so that all decide alike."""
+        if self.size == 1:
+            return list(numbers)
+        values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return [float(value) for value in values.tolist()]
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module that averages its gradients over the ranks."""
+        if self.size == 1:
+            return module
+        ids = [self.device] if self.device.type == "cuda" else None
+        with warnings.catch_warnings():  # broadcast_buffers has a new name that older versions do not know
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(module, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def exchange_gradients(model: nn.Module, *, now: bool) -> AbstractContextManager[None]:
+    """Under accumulation the ranks exchange gradients once, with the last micro-step."""
+    if isinstance(model, DistributedDataParallel) and not now:
+        return cast(AbstractContextManager[None], model.no_sync())
+    return nullcontext()
+
+
+def choose_device(name: DeviceName, local_rank: int = 0) -> torch.device:
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
+    if name == "cuda" and not has_cuda:
+        raise UserError(
+            "--device cuda: PyTorch finds no CUDA device here; use --device cpu, or install a driver"
+        )
+    if name == "mps" and not has_mps:
+        raise UserError("--device mps: PyTorch finds no Apple GPU here; use --device cpu")
+    if name == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"this machine has {torch.cuda.device_count()} CUDA devices, but torchrun started a process "
+            f"number {local_rank + 1}: lower --nproc-per-node"
+        )
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+@contextmanager
+def join_world(device_name: DeviceName) -> Iterator[World]:
+    """The world that `torchrun` describes in the environment, or a world of one."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "mps" and size > 1:
+        raise UserError("an Apple GPU trains in one process: start it without torchrun, or use --device cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1:
+        # Naming the device lets NCCL connect at once, not in the middle of the first step.
+        bound = device if device.type == "cuda" else None
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=bound)
+    yield World(rank, size, device)
+    # Not in a `finally`: after an error other ranks may be inside a collective, and destroying would wait.
+    if size > 1:
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Typed recipes: functions that return everything a run needs, and the config files that call them."""

@@ -1,0 +1,90 @@
+"""Our own weight files: what is written loads again, whole or in part, and what does not fit is said."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from itpn.errors import UserError
+from itpn.nn.pyramid import ModelConfig
+from itpn.objectives.pixel import PixelConfig, PixelObjective
+from itpn.recipes.pretrain import demo
+from itpn.tasks import config_of
+from itpn.weights import files
+from tests.toys import toy_objective
+
+
+def config_for(objective):
+    return config_of(replace(demo(), model=objective.model.config, objective=objective.config))
+
+
+@pytest.fixture
+def written(tmp_path):
+    objective = toy_objective({"branches": "levels"}, relative_position_bias=True)
+    files.save(tmp_path / "all.safetensors", files.portable(objective), config_for(objective))
+    return objective, files.read(tmp_path / "all.safetensors")
+
+
+def same(first, second):
+    return all(torch.equal(value, second.state_dict()[key]) for key, value in first.state_dict().items())
+
+
+def test_config_and_weights_round_trip(written):
+    objective, weights = written
+    again = PixelObjective(weights.part("model", ModelConfig), weights.part("objective", PixelConfig))
+    assert again.config == objective.config
+    assert again.model.config == objective.model.config
+    said = files.load_into(again, weights)
+    assert same(objective, again)
+    assert "anew" not in said
+
+
+def test_backbone_and_pyramid_alone_leave_the_rest_anew(tmp_path, written):
+    objective, weights = written
+    tensors = {name: value for name, value in weights.tensors.items() if name.startswith(files.MODEL_PARTS)}
+    files.save(tmp_path / "pretrained.safetensors", tensors, weights.config)
+    other = toy_objective({"branches": "levels"}, relative_position_bias=True, seed=5)
+    head = other.head.weight.clone()
+    said = files.load_into(other, files.read(tmp_path / "pretrained.safetensors"))
+    assert same(objective.model, other.model)
+    assert same(objective.model.backbone, other.features.teacher), "a new teacher starts as the student"
+    assert torch.equal(other.head.weight, head)
+    assert "decoder" in said.split("anew")[0]
+
+
+def test_features_of_the_file_do_not_disturb_plain_pixels(written):
+    objective, weights = written
+    plain = toy_objective(relative_position_bias=True, seed=5)
+    files.load_into(plain, weights)
+    assert same(objective.model, plain.model)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [{"width": 64}, {"depths": (2, 1, 2)}, {"depths": (1, 1, 1)}, {"image_size": 96}, {"pyramid": False}],
+)
+def test_another_shape_is_named(written, numbers):
+    with pytest.raises(UserError, match="do not fit"):
+        files.load_into(toy_objective(**{"relative_position_bias": True} | numbers), written[1])
+
+
+def test_what_is_not_ours_is_said(tmp_path):
+    with pytest.raises(UserError, match="no file"):
+        files.read(tmp_path / "none.safetensors")
+    (tmp_path / "noise.safetensors").write_bytes(b"\x80\x04noise")
+    with pytest.raises(UserError, match="cannot read"):
+        files.read(tmp_path / "noise.safetensors")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "bare.safetensors")
+    with pytest.raises(UserError, match="no config"):
+        files.read(tmp_path / "bare.safetensors")
+    with pytest.raises(UserError, match="no run directory"):
+        files.read(tmp_path)
+    save_file(
+        {"weight": torch.zeros(1)}, tmp_path / "odd.safetensors", {"config": json.dumps({"model": {"x": 1}})}
+    )
+    with pytest.raises(UserError, match="does not fit"):
+        files.read(tmp_path / "odd.safetensors").part("model", ModelConfig)
+    with pytest.raises(UserError, match="objective"):
+        files.read(tmp_path / "odd.safetensors").part("objective", PixelConfig)
