@@ -156,9 +156,8 @@ class HiViT(nn.Module):
 
     def reset_parameters(self) -> None:
         init_linears(self, "normal")
-        if self.config.stem_init == "default":
-            self.stem_proj.reset_parameters()
-        else:
+        self.stem_proj.reset_parameters()
+        if self.config.stem_init == "xavier":
             nn.init.xavier_uniform_(self.stem_proj.weight)
         if self.config.position == "normal":
             nn.init.normal_(self.position, std=0.02)

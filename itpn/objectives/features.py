@@ -208,10 +208,13 @@ class FeatureModeling(nn.Module):
 def target_diagnostics(target: Tensor) -> tuple[Tensor, Tensor]:
     """Variance of targets ``[B, N, cells, C]`` over batch and positions, and the share position explains.
 
-    The share is unbiased (the noise of a mean over B samples is taken out) and NaN for a single sample.
+    The share is unbiased: the noise of a mean over B samples is taken out, so it may fall a little below 0.
+    It is 0 for a single sample, which cannot tell the two apart.
     """
     by_position = target.flatten(1, 2)
     total = by_position.flatten(0, 1).var(0, unbiased=False).mean()
-    within = by_position.var(0).mean()
-    between = by_position.mean(0).var(0, unbiased=False).mean() - within / len(target)
-    return total, (between / total.clamp_min(1e-12)).clamp(0, 1)
+    if len(target) == 1:
+        return total, torch.zeros_like(total)
+    noise = by_position.var(0).mean() / len(target)
+    between = by_position.mean(0).var(0, unbiased=False).mean() - noise
+    return total, between / total.clamp_min(1e-12)

@@ -1,0 +1,63 @@
+"""`itpn demo`: the sample, a nano iTPN pre-trained on it for minutes, and what came out."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from itpn.commands.arguments import parse
+from itpn.data.sample_data import write_imagefolder
+from itpn.recipes.lookup import find, load
+from itpn.show.curves import read_metrics
+from itpn.tasks import pretrain
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Pre-train a nano iTPN on the bundled sample: pixels and features, some minutes on two CPU cores."""
+
+    directory: Path = Path("runs/demo")
+    """Where the images and the run go. The same folder again shows its results; another one starts anew."""
+    epochs: int | None = None
+    """Passes over the images; the config's own number if not given."""
+
+
+def run(arguments: list[str]) -> None:
+    options = parse(Demo, arguments, "itpn demo")
+    recipe = load(find("pretrain_demo"))
+    loop = replace(
+        recipe.loop, run_dir=options.directory / "run", epochs=options.epochs or recipe.loop.epochs
+    )
+    data = replace(recipe.data, root=options.directory / "images")
+    if not (data.root / "val").is_dir():
+        write_imagefolder(data.root)
+    finished = pretrain(replace(recipe, data=data, loop=loop))
+    show_results(finished)
+
+
+def show_results(finished: Path) -> None:
+    """First and last numbers of a run, and where its pictures are."""
+    metrics = read_metrics(finished / "metrics.jsonl")
+    table = Table("", "at the start", "at the end", title="what the minutes changed", title_justify="left")
+    for key, name in {
+        "pixel": "pixel loss (hidden units, 1 = predicting the mean)",
+        "feature": "feature loss (smooth L1, mean of three stages)",
+        "knn_top1": "k-NN top-1 on the validation images",
+    }.items():
+        values = [line[key] for line in metrics.values() if key in line]
+        if values:
+            shown = "{:.1%}" if key.startswith("knn") else "{:.3f}"
+            table.add_row(name, shown.format(values[0]), shown.format(values[-1]))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    model = json.loads((finished / "config.json").read_text())["model"]["backbone"]
+    console.print(
+        f"A {model['size']} on {model['image_size']}-pixel images for minutes: "
+        "the pictures say more than k-NN does."
+    )
+    newest = sorted((finished / "pictures").glob("reconstruction-*.png"))[-1]
+    console.print(
+        f"Everything is in {finished}. Look first at {newest}, then at {finished / 'pictures/curves.png'}."
+    )

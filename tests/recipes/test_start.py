@@ -1,0 +1,51 @@
+"""The seed's starting weights have the spread that was read back from mmpretrain's built model."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from itpn.recipes.pretrain import seed_pixel
+from itpn.tasks import build
+from itpn.weights.convert import from_mmpretrain
+
+REFERENCE = json.loads((Path(__file__).parents[1] / "reference/mmpretrain_init.json").read_text())
+
+
+def their_name(place: str) -> str:
+    """A reference entry stands for all blocks: the first of them will do."""
+    first = {
+        "norm1": 10,
+        "attn": 10,
+        "norm": 4,
+        "reduction": 4,
+    }  # stage 3 begins at entry 10, merge 1 is entry 4
+    place = re.sub(
+        r"^backbone\.blocks\.#\.(\w+)", lambda m: f"backbone.blocks.{first.get(m[1], 0)}.{m[1]}", place
+    )
+    place = re.sub(r"ffn\.layers\.#\.#", "ffn.layers.0.0", place)
+    return re.sub(r"ffn\.layers\.#", "ffn.layers.1", place)
+
+
+@pytest.mark.parametrize("place", [p for p in REFERENCE if "decoder_embed" not in p])
+def test_spread(seed_start, place):
+    name = their_name(place).replace("#", "0")
+    blocks = {f"backbone.blocks.{i}.reduction.weight": torch.zeros(1) for i in (4, 9)}
+    [ours] = [
+        ours
+        for ours, value in from_mmpretrain({**blocks, name: torch.ones(1, 1, 1, 1)}).items()
+        if value.any()
+    ]
+    weights = seed_start.get_parameter(ours)
+    expected = REFERENCE[place]
+    # The standard deviation of n draws scatters by about 1 / sqrt(2 n) of itself: allow five of that.
+    scatter = 5 * expected["std"] / (2 * weights.numel()) ** 0.5 + 2e-5
+    assert weights.std(unbiased=False).item() == pytest.approx(expected["std"], abs=2 * scatter)
+    assert weights.abs().max().item() == pytest.approx(expected["absmax"], rel=0.4, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def seed_start():
+    return build(seed_pixel(size="base", epochs=800))
