@@ -1,6 +1,7 @@
 """Ranks and devices. One process is a world of one; `torchrun` makes larger ones."""
 
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -98,7 +99,13 @@ def join_world(device_name: DeviceName) -> Iterator[World]:
         # Naming the device lets NCCL connect at once, not in the middle of the first step.
         bound = device if device.type == "cuda" else None
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=bound)
-    yield World(rank, size, device)
-    # Not in a `finally`: after an error other ranks may be inside a collective, and destroying would wait.
-    if size > 1:
-        dist.destroy_process_group()
+    try:
+        yield World(rank, size, device)
+        # Only here: after an error the other ranks may be inside an exchange, and this would wait for them.
+        if size > 1:
+            dist.destroy_process_group()
+    finally:
+        if size > 1 and device.type == "cpu":
+            # Gloo's threads outlive the group (DistributedDataParallel keeps it) and let go of the last tensors a
+            # moment after the exchange. Python must still be whole then, or the process aborts.
+            time.sleep(0.2)

@@ -1,0 +1,5 @@
+"""iTPN on pixels and features (MFM), HiViT-L (mmpretrain), 800 epochs."""
+
+from itpn.recipes.pretrain import seed_pixel
+
+config = seed_pixel(size="large", epochs=800, feature_weight=0.3)

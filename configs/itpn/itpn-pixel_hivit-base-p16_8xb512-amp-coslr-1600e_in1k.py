@@ -1,0 +1,5 @@
+"""iTPN on pixels, HiViT-B (mmpretrain), 1600 epochs: 102.68 M, 18.47 GMAC."""
+
+from itpn.recipes.pretrain import seed_pixel
+
+config = seed_pixel(size="base", epochs=1600)

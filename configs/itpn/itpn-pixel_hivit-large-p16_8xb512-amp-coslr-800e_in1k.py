@@ -1,0 +1,5 @@
+"""iTPN on pixels, HiViT-L (mmpretrain), 800 epochs: 314.25 M, 63.98 GMAC."""
+
+from itpn.recipes.pretrain import seed_pixel
+
+config = seed_pixel(size="large", epochs=800)
