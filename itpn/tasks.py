@@ -45,7 +45,7 @@ def pretrain(recipe: Pretrain) -> Path:
         run.say(images.description)
         steps = steps_per_epoch(len(images), recipe.loop.batch_size)
         objective = build(recipe)
-        if recipe.init:
+        if recipe.init and not any(run.checkpoints.iterdir()):  # a checkpoint would override it
             run.say(files.load_into(objective, files.read(recipe.init)))
         finished = train(
             objective,

@@ -1,6 +1,7 @@
 """`itpn demo`: the sample, a nano iTPN pre-trained on it for minutes, and what came out."""
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,8 +32,11 @@ def run(arguments: list[str]) -> None:
         recipe.loop, run_dir=options.directory / "run", epochs=options.epochs or recipe.loop.epochs
     )
     data = replace(recipe.data, root=options.directory / "images")
-    if not (data.root / "val").is_dir():
-        write_imagefolder(data.root)
+    if not data.root.is_dir():
+        beside = options.directory / ".images.writing"  # an interrupted start must not pass for the whole
+        shutil.rmtree(beside, ignore_errors=True)
+        write_imagefolder(beside)
+        beside.rename(data.root)
     finished = pretrain(replace(recipe, data=data, loop=loop))
     show_results(finished)
 

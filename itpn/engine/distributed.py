@@ -106,6 +106,6 @@ def join_world(device_name: DeviceName) -> Iterator[World]:
             dist.destroy_process_group()
     finally:
         if size > 1 and device.type == "cpu":
-            # Gloo's threads outlive the group (DistributedDataParallel keeps it) and let go of the last tensors a
-            # moment after the exchange. Python must still be whole then, or the process aborts.
+            # Gloo's threads outlive the group, which DistributedDataParallel keeps, and let go of the last
+            # tensors a moment after the exchange. Python must still be whole then, or the process aborts.
             time.sleep(0.2)

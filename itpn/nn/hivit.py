@@ -1,4 +1,4 @@
-"""HiViT, the backbone of iTPN (arXiv 2205.14949; 2211.12735 section 3.2).
+"""HiViT, the backbone of iTPN (arXiv 2205.14949, 2211.12735).
 
 A hierarchical vision transformer whose first two stages are MLPs that never mix mask units, so that hidden
 units can be dropped before any work, and whose third stage is a plain vision transformer over the units.

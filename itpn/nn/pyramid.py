@@ -1,4 +1,4 @@
-"""The feature pyramid that is pre-trained together with the backbone (arXiv 2211.12735, section 3.3)."""
+"""The feature pyramid that is pre-trained together with the backbone (arXiv 2211.12735)."""
 
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple

@@ -1,4 +1,4 @@
-"""Pre-training on pixels (arXiv 2211.12735, section 3.2): masked image modeling, with or without MFM.
+"""Pre-training on pixels (arXiv 2211.12735): masked image modeling, with or without MFM.
 
 Visible units go through backbone and pyramid; the levels are embedded and summed, hidden units are filled
 with mask tokens, and a decoder predicts every hidden unit's pixels, normalised by the unit's own mean and
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from itpn.nn.layers import init_linears, to_map, units_of
 from itpn.nn.pyramid import Levels, Model, ModelConfig
@@ -156,6 +157,22 @@ class PixelObjective(nn.Module):
     def end_step(self, step: int, num_steps: int) -> None:
         if self.features is not None:
             self.features.end_step(self.model.backbone, step, num_steps)
+
+    def flops_per_image(self) -> float:
+        """Floating-point operations of a training step on one image: matrix products, backward as twice
+        forward."""
+        with torch.device("meta"):
+            twin = PixelObjective(self.model.config, self.config)
+            backbone = self.model.backbone.config
+            whole = torch.empty(1, backbone.in_channels, backbone.image_size, backbone.image_size)
+            keep = torch.empty(1, self.config.masks_per_image, self.num_kept, dtype=torch.long)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                twin({"images": whole, "keep": keep})
+            total = counter.get_total_flops()
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                if twin.features is not None:
+                    twin.features.teacher(whole)  # it has no backward
+        return float(3 * total - 2 * counter.get_total_flops())
 
     def compile_blocks(self) -> list[nn.Module]:
         """The modules that are worth compiling one by one."""

@@ -124,7 +124,7 @@ def demo(*, epochs: int = 30, feature_weight: float = 0.3) -> Pretrain:
             decoder=DecoderConfig(width=128, depth=2, num_heads=4),
             features=FeaturesConfig(weight=feature_weight, momentum_warmup=True),
         ),
-        data=DataConfig(root=Path("data/sample")),
+        data=DataConfig(root=Path("data/sample/imagefolder")),
         optim=AdamWConfig(lr=1e-3),
         schedule=CosineConfig(warmup_epochs=epochs / 10),
         loop=LoopConfig(epochs=epochs, batch_size=64),

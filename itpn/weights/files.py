@@ -18,6 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from itpn.errors import UserError
+from itpn.nn.positions import resample_relative, resample_table
+from itpn.nn.pyramid import ModelConfig
+from itpn.objectives.pixel import PixelObjective
 
 T = TypeVar("T")
 MODEL_PARTS = ("backbone.", "pyramid.")
@@ -102,17 +105,19 @@ def _newest(run: Path) -> Path:
     return run / "checkpoints" / last.read_text().strip() / "model.safetensors"
 
 
-def load_into(objective: nn.Module, weights: Weights) -> str:
+def load_into(objective: PixelObjective, weights: Weights) -> str:
     """Load weights into an objective and say in one line what came from the file.
 
-    Backbone and pyramid must be there and fit. What pre-training adds is taken, part by part, where the file
-    has it; a feature teacher that the file lacks starts as a copy of the loaded backbone.
+    Backbone and pyramid must be there and fit; position tables of another image size are resampled. What
+    pre-training adds is taken, part by part, where the file has it; a feature teacher that the file lacks
+    starts as a copy of the loaded backbone.
 
     Raises:
         UserError: something is missing, has another shape, or is unknown to the model.
     """
     own = {name.removeprefix("model."): name for name in objective.state_dict()}
     state = objective.state_dict()
+    weights = _on_grid_of(objective, weights)
     parts = sorted({name.split(".")[0] for name in own})
     taken = [part for part in parts if part in weights.parts]
     wrong = [
@@ -140,6 +145,20 @@ def load_into(objective: nn.Module, weights: Weights) -> str:
     return f"loaded {', '.join(taken)} from {weights.path}" + (
         f"; {', '.join(fresh)} start anew" if fresh else ""
     )
+
+
+def _on_grid_of(objective: PixelObjective, weights: Weights) -> Weights:
+    """The same weights with their position tables resampled to the objective's image size."""
+    here, there = objective.model.config.backbone, weights.part("model", ModelConfig).backbone
+    if here.grid == there.grid:
+        return weights
+    tensors = dict(weights.tensors)
+    for name, table in weights.tensors.items():
+        if name.endswith(".relative_position"):
+            tensors[name] = resample_relative(table, there.grid, here.grid)
+        elif name == "backbone.position" or name.endswith("teacher.position"):
+            tensors[name] = resample_table(table, there.grid, here.grid)
+    return replace(weights, tensors=tensors)
 
 
 def _shape(tensor: Tensor | None) -> str:

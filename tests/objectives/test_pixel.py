@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from itpn.errors import UserError
 from itpn.nn.layers import units_of
@@ -106,3 +107,13 @@ def test_every_sample_counts_the_same_whatever_the_batch():
 def test_same_seed_same_start():
     states = [toy_objective({}, seed=3).state_dict() for _ in range(2)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_flops_per_image_grow_with_what_is_computed():
+    plain, features = toy_objective(), toy_objective({})
+    images = torch.randn(1, 3, 64, 64)
+    with FlopCounterMode(display=False) as teacher, torch.no_grad():
+        features.features.teacher.to("meta")(images.to("meta"))
+    heads = 3 * 2 * 16 * 32 * (16 * 8 + 4 * 16 + 32)
+    assert features.flops_per_image() == plain.flops_per_image() + teacher.get_total_flops() + heads
+    assert toy_objective(mask_ratio=0.5).flops_per_image() > plain.flops_per_image()

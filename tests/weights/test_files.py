@@ -63,7 +63,7 @@ def test_features_of_the_file_do_not_disturb_plain_pixels(written):
 
 @pytest.mark.parametrize(
     "numbers",
-    [{"width": 64}, {"depths": (2, 1, 2)}, {"depths": (1, 1, 1)}, {"image_size": 96}, {"pyramid": False}],
+    [{"width": 64}, {"depths": (2, 1, 2)}, {"depths": (1, 1, 1)}, {"pyramid": False}],
 )
 def test_another_shape_is_named(written, numbers):
     with pytest.raises(UserError, match="do not fit"):
@@ -88,3 +88,12 @@ def test_what_is_not_ours_is_said(tmp_path):
         files.read(tmp_path / "odd.safetensors").part("model", ModelConfig)
     with pytest.raises(UserError, match="objective"):
         files.read(tmp_path / "odd.safetensors").part("objective", PixelConfig)
+
+
+def test_another_image_size_resamples_the_position_tables(written):
+    objective, weights = written
+    larger = toy_objective({"branches": "levels"}, relative_position_bias=True, image_size=96)
+    files.load_into(larger, weights)
+    images = torch.randn(1, 3, 96, 96)
+    ours, theirs = larger.model.eval()(images), objective.model.eval()(images)
+    torch.testing.assert_close(ours[0].c16, theirs[0].c16, atol=1e-5, rtol=1e-4)
