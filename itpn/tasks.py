@@ -1,18 +1,20 @@
 """The wiring diagram: from a recipe to model, data, objective and evaluation. The only file that knows every
 room."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from itpn.data.images import ImageList, find_images
 from itpn.data.loader import Batch, steps_per_epoch, train_loader
-from itpn.data.picture import load_image
+from itpn.data.picture import BadImageError, load_image
 from itpn.data.transforms import center_crop
 from itpn.engine.distributed import World, join_world
 from itpn.engine.loop import EpochEnd, train
@@ -56,8 +58,8 @@ def pretrain(recipe: Pretrain) -> Path:
             schedule=recipe.schedule,
             run=run,
             at_epoch_end=[
-                EpochEnd(recipe.loop.picture_every, partial(_pictures, recipe, objective, run)),
-                EpochEnd(recipe.knn.every, _knn(recipe, images, objective, world)),
+                _pictures(recipe, images, objective, world),
+                _knn(recipe, images, objective, world),
             ],
         )
         if finished and world.is_main:
@@ -130,35 +132,33 @@ def _batches(
     )
 
 
-def _pictured_root(recipe: Pretrain) -> ImageList:
-    """Images to look at: of the validation split where there is one."""
-    try:
-        return find_images(recipe.data.root, "val")
-    except ValueError:
-        return find_images(recipe.data.root, "train", recipe.data.list)
+def _pictured(recipe: Pretrain, images: ImageList) -> Tensor:
+    """A few images to look at, of the validation split where there is one: ``uint8 [n, 3, S, S]``."""
+    with contextlib.suppress(UserError):
+        images = find_images(recipe.data.root, "val")
+    pixels: list[Tensor] = []
+    for i in torch.linspace(0, len(images) - 1, min(NUM_PICTURED, len(images))).long().tolist():
+        with contextlib.suppress(BadImageError):
+            pixels.append(center_crop(load_image(images.path(i)), recipe.model.backbone.image_size))
+    return torch.stack(pixels) if pixels else torch.empty(0)
 
 
-def _pictures(
-    recipe: Pretrain, objective: PixelObjective, run: Run, epoch: int, step: int
-) -> dict[str, float]:
+def _pictures(recipe: Pretrain, images: ImageList, objective: PixelObjective, world: World) -> EpochEnd:
     """Original, masked, reconstruction and the pyramid's maps of the same images and masks every time."""
-    if not run.world.is_main:
-        return {}
-    images = _pictured_root(recipe)
-    chosen = torch.linspace(0, len(images) - 1, min(NUM_PICTURED, len(images))).long().tolist()
-    size = recipe.model.backbone.image_size
-    pixels = torch.stack([center_crop(load_image(images.path(i)), size) for i in chosen])
-    draw = torch.Generator().manual_seed(recipe.loop.seed)
-    picture = picture_of(objective, pixels.to(run.world.device), draw)
-    picture.save(run.pictures / f"reconstruction-{epoch:04d}.png")
-    return {}
+    every = recipe.loop.picture_every if world.is_main else 0
+    pixels = _pictured(recipe, images) if every else torch.empty(0)
+
+    def draw(epoch: int, step: int) -> dict[str, Image]:
+        generator = torch.Generator().manual_seed(recipe.loop.seed)
+        return {"reconstruction": picture_of(objective, pixels.to(world.device), generator)}
+
+    return EpochEnd(every if len(pixels) else 0, draw)
 
 
 def picture_of(
-    objective: PixelObjective, images: Tensor, generator: torch.Generator, captions: Any = ()
-) -> Any:
-    """The reconstruction picture of uint8 ``images [B, 3, H, W]``, each hidden by a mask drawn from
-    ``generator``."""
+    objective: PixelObjective, images: Tensor, generator: torch.Generator, captions: Sequence[str] = ()
+) -> Image:
+    """The reconstruction picture of uint8 ``images [B, 3, H, W]``, under masks drawn from ``generator``."""
     training = objective.training
     objective.eval()
     keep = torch.stack([objective.draw(generator)["keep"][0] for _ in images]).to(images.device)
@@ -174,10 +174,10 @@ def picture_of(
     )
 
 
-def _knn(recipe: Pretrain, images: ImageList, objective: PixelObjective, world: World) -> Any:
+def _knn(recipe: Pretrain, images: ImageList, objective: PixelObjective, world: World) -> EpochEnd:
     """k-NN on the mean of stage 3's tokens; the folders are checked now, before hours of training."""
     if not recipe.knn.every:
-        return lambda epoch, step: {}
+        return EpochEnd(0, lambda epoch, step: {})
     root = recipe.knn.root or recipe.data.root
     train_images = find_images(root, "train") if recipe.knn.root or recipe.data.list else images
     val_images = find_images(root, "val")
@@ -201,7 +201,7 @@ def _knn(recipe: Pretrain, images: ImageList, objective: PixelObjective, world: 
             workers=recipe.data.workers,
         )
 
-    return evaluate
+    return EpochEnd(recipe.knn.every, evaluate)
 
 
 def _finish(recipe: Pretrain, objective: PixelObjective, run: Run, step: int) -> None:

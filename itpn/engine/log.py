@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+from PIL.Image import Image
 from rich.live import Live
 from rich.text import Text
 
@@ -42,7 +44,7 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
             path = run.directory / "metrics.jsonl"
-            forget_after(path, start_step)
+            forget_after(path, start_step or -1)  # a new start evaluates at step 0 again
             self.file = path.open("a")
             self.board = SummaryWriter(run.directory / "tensorboard", purge_step=start_step + 1)
             self.live = Live(console=run.console, auto_refresh=False)
@@ -69,15 +71,21 @@ class Log:
             self.write(step, {**values, **self._rates()})
         self._show(step, values, now)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, and its TensorBoard scalars."""
-        if not self.run.world.is_main or not values:
+    def write(self, step: int, values: Mapping[str, float | Image]) -> None:
+        """Numbers to a line of metrics.jsonl, pictures to pictures/NAME-EPOCH.png, both to TensorBoard."""
+        if not self.run.world.is_main:
             return
-        line = {"step": step, "epoch": step / self.steps_per_epoch, **values}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        epoch = step / self.steps_per_epoch
+        numbers = {name: value for name, value in values.items() if not isinstance(value, Image)}
+        for name, number in numbers.items():
+            self.board.add_scalar(name, number, step)
+        if numbers:
+            self.file.write(json.dumps({"step": step, "epoch": epoch, **numbers}) + "\n")
+            self.file.flush()
         for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+            if isinstance(value, Image):
+                value.save(self.run.pictures / f"{name}-{epoch:04.0f}.png")
+                self.board.add_image(name, np.asarray(value), step, dataformats="HWC")
 
     def sync(self) -> None:
         """Everything written is on the disk; called before a checkpoint that counts on it."""
@@ -113,7 +121,8 @@ class Log:
         """What matters most comes first: a narrow terminal cuts the end off."""
         rates = self._rates()
         left = (self.num_steps - step) * self.batch_size / rates["images_per_s"]
-        numbers = [f"{name} {value:.4g}" for name, value in values.items()]
+        # Names with an underscore are diagnostics: too many for a line, all in metrics.jsonl.
+        numbers = [f"{name} {value:.4g}" for name, value in values.items() if "_" not in name]
         mfu = [f"MFU {rates['mfu']:.0%}"] if "mfu" in rates else []
         return "  ".join(
             [

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 import torch
+from PIL.Image import Image
 from torch import nn
 
 from itpn.engine import device_batch
@@ -84,11 +85,11 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class EpochEnd:
-    """Called on every rank after every `every`-th epoch and the last (0: never); its numbers are logged."""
+    """Called on every rank before the first step, after every `every`-th epoch and the last (0: never)."""
 
     every: int
-    call: Callable[[int, int], Mapping[str, float]]
-    """(epoch, step), both counted from 1, to named numbers."""
+    call: Callable[[int, int], Mapping[str, float | Image]]
+    """(epoch, step), both counted from 1, to named numbers and pictures, which are logged."""
 
 
 def train(
@@ -119,7 +120,7 @@ def train(
     num_steps = loop.epochs * steps_per_epoch
     last_step = min(num_steps, loop.max_steps or num_steps)
     peak_lr = optim.peak_lr(loop.batch_size)
-    schedule.check(loop.epochs)
+    schedule.warmup(loop.epochs)
     device_batch.check_division(loop.batch_size, world.size, loop.device_batch)
 
     precision = choose_precision(loop.precision, device)
@@ -170,6 +171,10 @@ def train(
 
     with log, Interruption() as interruption:
         stream = batches(start_step, micro_batch)
+        if start_step == 0:
+            with log.paused():
+                evaluate(at_epoch_end, 0, 0, loop.epochs, log)
+                objective.train()
         for step in range(start_step, last_step):
             hooks.begin_step(step, num_steps)
             lr = lr_at(step, schedule, peak=peak_lr, epochs=loop.epochs, steps_per_epoch=steps_per_epoch)
@@ -205,10 +210,9 @@ def train(
             log.step(done, values, waited=waited)
             with log.paused():
                 epoch, rest = divmod(done, steps_per_epoch)
-                for task in at_epoch_end if rest == 0 else ():
-                    if task.every and (epoch % task.every == 0 or epoch == loop.epochs):
-                        log.write(done, task.call(epoch, done))
-                        objective.train()
+                if rest == 0:
+                    evaluate(at_epoch_end, epoch, done, loop.epochs, log)
+                    objective.train()
                 overdue, stop = world.largest(saver.overdue(), interruption.signal)
                 if overdue or stop or done == last_step or saver.due(done):
                     log.sync()
@@ -217,6 +221,12 @@ def train(
                 run.say(f"stopped at step {done} of {num_steps}; the same command goes on from there")
                 raise SystemExit(128 + int(stop))
     return last_step == num_steps
+
+
+def evaluate(tasks: Sequence[EpochEnd], epoch: int, step: int, epochs: int, log: Log) -> None:
+    for task in tasks:
+        if task.every and (epoch % task.every == 0 or epoch == epochs):
+            log.write(step, task.call(epoch, step))
 
 
 def mean_parts(names: list[str], parts: torch.Tensor, step: int) -> dict[str, float]:

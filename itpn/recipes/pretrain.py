@@ -104,7 +104,7 @@ def own_data(*, size: str = "itpn_base", epochs: int = 400) -> Pretrain:
         model=ModelConfig(backbone=HiViTConfig(size=size)),
         objective=PixelConfig(features=FeaturesConfig(weight=0.3)),
         data=DataConfig(root=Path("data/images")),
-        schedule=CosineConfig(warmup_epochs=epochs / 10),
+        schedule=CosineConfig(),
         loop=LoopConfig(epochs=epochs, batch_size=256),
     )
 
@@ -126,7 +126,7 @@ def demo(*, epochs: int = 30, feature_weight: float = 0.3) -> Pretrain:
         ),
         data=DataConfig(root=Path("data/sample/imagefolder")),
         optim=AdamWConfig(lr=1e-3),
-        schedule=CosineConfig(warmup_epochs=epochs / 10),
+        schedule=CosineConfig(),
         loop=LoopConfig(epochs=epochs, batch_size=64),
         knn=KnnConfig(every=max(1, epochs // 3)),
     )

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from itpn.engine.distributed import World, choose_device
 from itpn.engine.log import TIMING
@@ -130,16 +132,33 @@ def test_a_gradient_that_is_not_finite_stops(tmp_path: Path) -> None:
         toy_train(tmp_path, toy=Diverging())
 
 
-def test_numbers_at_the_end_of_an_epoch_are_logged_once(tmp_path: Path) -> None:
-    def evaluate(epoch: int, step: int) -> dict[str, float]:
+def test_evaluations_at_the_start_and_after_epochs_are_logged_once(tmp_path: Path) -> None:
+    def evaluate(epoch: int, step: int) -> dict[str, float | Image.Image]:
         toy.eval()
-        return {"score": epoch + step / 100}
+        return {"score": epoch + step / 100, "view": Image.new("RGB", (4, 3), (10 * epoch, 0, 0))}
 
     toy = Toy()
     toy_train(tmp_path, toy=toy, at_epoch_end=[evaluate], max_steps=6)
     assert toy.training
     toy_train(tmp_path, at_epoch_end=[evaluate])
-    assert [line["score"] for line in metrics(tmp_path) if "score" in line] == [1.04, 2.08]
+    assert [line["score"] for line in metrics(tmp_path) if "score" in line] == [0, 1.04, 2.08]
+    views = sorted((tmp_path / "pictures").iterdir())
+    assert [path.name for path in views] == ["view-0000.png", "view-0001.png", "view-0002.png"]
+    assert Image.open(views[2]).getpixel((0, 0)) == (20, 0, 0)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Images("view")] == [0, 4, 8]
+
+
+def test_a_start_that_left_no_checkpoint_is_forgotten(tmp_path: Path) -> None:
+    def crash(epoch: int, step: int) -> dict[str, float]:
+        if epoch == 1:
+            raise RuntimeError
+        return {"score": float(epoch)}
+
+    with pytest.raises(RuntimeError):
+        toy_train(tmp_path, at_epoch_end=[crash])
+    toy_train(tmp_path, at_epoch_end=[lambda epoch, step: {"score": float(epoch)}])
+    assert [line["score"] for line in metrics(tmp_path) if "score" in line] == [0, 1, 2]
 
 
 def test_a_finished_training_does_nothing_more(tmp_path: Path, capsys) -> None:

@@ -32,4 +32,9 @@ def test_no_warm_up_starts_at_the_peak() -> None:
 
 def test_warm_up_longer_than_the_run() -> None:
     with pytest.raises(UserError, match=r"warm-up takes 40 epochs, but the run has 10.*--epochs"):
-        CosineConfig(warmup_epochs=40).check(10)
+        CosineConfig(warmup_epochs=40).warmup(10)
+
+
+def test_warmup_is_a_tenth_unless_given():
+    assert CosineConfig().warmup(300) == 30
+    assert CosineConfig(warmup_epochs=5).warmup(300) == 5
