@@ -1,5 +1,5 @@
 """iTPN on pixels and features (MFM), HiViT-L (mmpretrain), 800 epochs."""
 
-from itpn.recipes.pretrain import seed_pixel
+from itpn.recipes.pretrain import mmpretrain_pixel
 
-config = seed_pixel(size="large", epochs=800, feature_weight=0.3)
+config = mmpretrain_pixel(size="large", epochs=800, feature_weight=0.3)

@@ -1,5 +1,5 @@
 """iTPN-B on pixels and features (MFM), the authors' size, 800 epochs."""
 
-from itpn.recipes.pretrain import official_pixel
+from itpn.recipes.pretrain import itpn_pixel
 
-config = official_pixel(size="base", epochs=800, feature_weight=0.3)
+config = itpn_pixel(size="base", epochs=800, feature_weight=0.3)

@@ -1,5 +1,5 @@
 """iTPN on pixels, HiViT-B (mmpretrain), 400 epochs: 102.68 M, 18.47 GMAC."""
 
-from itpn.recipes.pretrain import seed_pixel
+from itpn.recipes.pretrain import mmpretrain_pixel
 
-config = seed_pixel(size="base", epochs=400)
+config = mmpretrain_pixel(size="base", epochs=400)

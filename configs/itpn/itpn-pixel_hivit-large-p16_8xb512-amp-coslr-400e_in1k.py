@@ -1,5 +1,5 @@
 """iTPN on pixels, HiViT-L (mmpretrain), 400 epochs: 314.25 M, 63.98 GMAC."""
 
-from itpn.recipes.pretrain import seed_pixel
+from itpn.recipes.pretrain import mmpretrain_pixel
 
-config = seed_pixel(size="large", epochs=400)
+config = mmpretrain_pixel(size="large", epochs=400)

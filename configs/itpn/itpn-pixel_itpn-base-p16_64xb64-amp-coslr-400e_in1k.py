@@ -1,5 +1,5 @@
 """iTPN-B on pixels, the authors' size, 400 epochs: 108.49 M, 17.85 GMAC. The paper: 85.1 %."""
 
-from itpn.recipes.pretrain import official_pixel
+from itpn.recipes.pretrain import itpn_pixel
 
-config = official_pixel(size="base", epochs=400)
+config = itpn_pixel(size="base", epochs=400)

@@ -12,6 +12,7 @@ from itpn.data.images import find_images
 from itpn.data.picture import load_image
 from itpn.data.transforms import center_crop
 from itpn.engine.distributed import DeviceName, choose_device
+from itpn.errors import UserError
 from itpn.tasks import load_objective, picture_of
 
 
@@ -40,12 +41,17 @@ def run(arguments: list[str]) -> None:
     device = choose_device(options.device)
     objective = load_objective(options.run, mask_ratio=options.mask_ratio).to(device)
     paths = [path for given in options.images for path in _images(given, options.num)]
+    if not paths:
+        raise UserError("itpn reconstruct: name one or more images, or a folder of images, after the run")
     size = objective.model.backbone.config.image_size
     pixels = torch.stack([center_crop(load_image(path), size) for path in paths]).to(device)
     generator = torch.Generator().manual_seed(options.seed)
     picture = picture_of(objective, pixels, generator, [path.name for path in paths])
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(options.out)
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(options.out)
+    except (OSError, ValueError) as error:  # ValueError: an ending that no picture format has
+        raise UserError(f"cannot write {options.out} ({error}): name another picture with --out") from error
     print(f"{options.out}: {len(paths)} images, {objective.num_kept} of {objective.num_units} units visible")
 
 

@@ -39,27 +39,27 @@ class Pretrain:
     """Weights to start from: a pretrained.safetensors or a checkpoint's model.safetensors of ours."""
 
 
-def seed_pixel(*, size: Size, epochs: int, feature_weight: float = 0.0) -> Pretrain:
+def mmpretrain_pixel(*, size: Size, epochs: int, feature_weight: float = 0.0) -> Pretrain:
     """iTPN on pixels as in mmpretrain: 102.68 M and 18.47 GMAC, large 314.25 M and 63.98 GMAC.
 
     4 + 4 early blocks, a decoder of depth 6, frozen position tables, Xavier start of pyramid and decoder.
     Weight decay follows our one rule (no vector, table or token); mmpretrain's depends on a layer's name.
 
     Run: itpn train itpn-pixel_hivit-base-p16_8xb512-amp-coslr-800e_in1k --data.root IMAGENET.
-    Expect: mmpretrain publishes neither weights nor accuracies; the paper's own sizes are `official_pixel`.
+    Expect: mmpretrain publishes neither weights nor accuracies; the paper's own sizes are `itpn_pixel`.
     """
     return Pretrain(
         model=ModelConfig(
-            backbone=_seed_backbone(size),
+            backbone=_mmpretrain_backbone(size),
             pyramid=PyramidConfig(init="xavier"),
         ),
-        objective=PixelConfig(decoder=_seed_decoder(), features=FeaturesConfig(weight=feature_weight)),
+        objective=PixelConfig(decoder=_mmpretrain_decoder(), features=FeaturesConfig(weight=feature_weight)),
         schedule=CosineConfig(warmup_epochs=40, start_factor=1e-4),
         loop=LoopConfig(epochs=epochs, batch_size=8 * 512),
     )
 
 
-def official_pixel(*, size: Size, epochs: int, feature_weight: float = 0.0) -> Pretrain:
+def itpn_pixel(*, size: Size, epochs: int, feature_weight: float = 0.0) -> Pretrain:
     """iTPN on pixels in the authors' sizes: 108.49 M and 17.85 GMAC, large 318.34 M and 61.19 GMAC.
 
     3 + 3 early blocks (large 2 + 2), a decoder of depth 8, a trainable position table that starts sin-cos.
@@ -78,15 +78,15 @@ def official_pixel(*, size: Size, epochs: int, feature_weight: float = 0.0) -> P
 def mae(*, size: Size, epochs: int) -> Pretrain:
     """The paper's baseline, MAE on HiViT: 98.07 M and 18.47 GMAC, large 309.40 M and 63.98 GMAC.
 
-    No pyramid. As in mmpretrain, but for the weight decay (see `seed_pixel`) and a frozen position of a class
-    token, 512 numbers, that its decoder holds and these models have no use for.
+    No pyramid. As in mmpretrain, but for the weight decay (see `mmpretrain_pixel`) and a frozen position of a
+    class token, 512 numbers, that its decoder holds and these models have no use for.
 
     Run: itpn train mae_hivit-base-p16_8xb512-amp-coslr-800e_in1k --data.root IMAGENET.
     Expect: the paper has 84.2 % top-1 for its HiViT-B after 800 epochs and 86.1 % for its HiViT-L after 1600.
     """
     return Pretrain(
-        model=ModelConfig(backbone=_seed_backbone(size), pyramid=None),
-        objective=PixelConfig(decoder=_seed_decoder()),
+        model=ModelConfig(backbone=_mmpretrain_backbone(size), pyramid=None),
+        objective=PixelConfig(decoder=_mmpretrain_decoder()),
         schedule=CosineConfig(warmup_epochs=40, start_factor=1e-4),
         loop=LoopConfig(epochs=epochs, batch_size=8 * 512),
     )
@@ -132,9 +132,9 @@ def demo(*, epochs: int = 30, feature_weight: float = 0.3) -> Pretrain:
     )
 
 
-def _seed_backbone(size: Size) -> HiViTConfig:
+def _mmpretrain_backbone(size: Size) -> HiViTConfig:
     return HiViTConfig(size=f"hivit_{size}", position="sincos-row", position_frozen=True, stem_init="xavier")
 
 
-def _seed_decoder() -> DecoderConfig:
+def _mmpretrain_decoder() -> DecoderConfig:
     return DecoderConfig(depth=6, embed_norm_eps=1e-5, init="xavier")

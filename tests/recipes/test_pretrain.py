@@ -36,15 +36,17 @@ SIZES = {  # parameters, trainable ones, multiply-adds: mmpretrain's and the aut
 
 
 def promised_names() -> set[str]:
-    seed = {f"_hivit-{s}-p16_8xb512-amp-coslr-{e}e_in1k" for s in ("base", "large") for e in (400, 800, 1600)}
+    mmpretrain = {
+        f"_hivit-{s}-p16_8xb512-amp-coslr-{e}e_in1k" for s in ("base", "large") for e in (400, 800, 1600)
+    }
     official = {f"_itpn-{s}-p16_64xb64-amp-coslr-{e}e_in1k" for s in ("base", "large") for e in (400, 1600)}
     features = {f"_hivit-{s}-p16_8xb512-amp-coslr-800e_in1k" for s in ("base", "large")} | {
         f"_itpn-{s}-p16_64xb64-amp-coslr-800e_in1k" for s in ("base", "large")
     }
     return (
-        {f"itpn-pixel{name}" for name in seed | official}
+        {f"itpn-pixel{name}" for name in mmpretrain | official}
         | {f"itpn-pixel-mfm{name}" for name in features}
-        | {f"mae{name}" for name in seed}
+        | {f"mae{name}" for name in mmpretrain}
     )
 
 

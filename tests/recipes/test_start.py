@@ -1,4 +1,4 @@
-"""The seed's starting weights have the spread that was read back from mmpretrain's built model."""
+"""Starting weights have the spread that was read back from the model that mmpretrain builds."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from itpn.recipes.pretrain import seed_pixel
+from itpn.recipes.pretrain import mmpretrain_pixel
 from itpn.tasks import build
 from itpn.weights.convert import from_mmpretrain
 
@@ -30,7 +30,7 @@ def their_name(place: str) -> str:
 
 
 @pytest.mark.parametrize("place", [p for p in REFERENCE if "decoder_embed" not in p])
-def test_spread(seed_start, place):
+def test_spread(started, place):
     name = their_name(place).replace("#", "0")
     blocks = {f"backbone.blocks.{i}.reduction.weight": torch.zeros(1) for i in (4, 9)}
     [ours] = [
@@ -38,7 +38,7 @@ def test_spread(seed_start, place):
         for ours, value in from_mmpretrain({**blocks, name: torch.ones(1, 1, 1, 1)}).items()
         if value.any()
     ]
-    weights = seed_start.get_parameter(ours)
+    weights = started.get_parameter(ours)
     expected = REFERENCE[place]
     # The standard deviation of n draws scatters by about 1 / sqrt(2 n) of itself: allow five of that.
     scatter = 5 * expected["std"] / (2 * weights.numel()) ** 0.5 + 2e-5
@@ -47,5 +47,5 @@ def test_spread(seed_start, place):
 
 
 @pytest.fixture(scope="module")
-def seed_start():
-    return build(seed_pixel(size="base", epochs=800))
+def started():
+    return build(mmpretrain_pixel(size="base", epochs=800))
