@@ -39,9 +39,9 @@ class FeaturesConfig:
     """Blocks of the shared decoder of branches = levels."""
     stages: tuple[Stage, ...] = ("c4", "c8", "c16")
     """Backbone stages whose features are predicted."""
-    normalisation: Literal["layer-norm", "standardise", "none"] = "layer-norm"
-    """Targets: LayerNorm per cell without affine; per channel by running mean and variance; or as they
-    are."""
+    normalisation: Literal["standardise", "layer-norm", "none"] = "standardise"
+    """Targets: by each channel's running mean and variance; by LayerNorm per cell without affine; or as they
+    are. LayerNorm leaves in what all units share, most of stage 3's features (docs/results.md)."""
     positions: Literal["hidden", "all"] = "hidden"
     """Units that are supervised."""
     beta: float = 1.0

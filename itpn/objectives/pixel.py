@@ -35,8 +35,11 @@ class PixelConfig:
 
 
 class Reconstruction(NamedTuple):
-    """Pictures ``[B, c, H, W]`` in 0..1, and the pyramid's maps ``[B, F, h, w]``, fine to coarse (none for
-    MAE)."""
+    """Pictures ``[B, c, H, W]`` in 0..1, and the pyramid's maps ``[B, F, h, w]``, fine to coarse.
+
+    The maps are without what a place inside a unit has in common over all units, which would cover the rest;
+    MAE has none.
+    """
 
     original: Tensor
     masked: Tensor
@@ -147,7 +150,7 @@ class PixelObjective(nn.Module):
             picture(units),
             picture(torch.where(hide, torch.zeros_like(units), units)),
             picture(torch.where(hide, predicted.view_as(units), units)),
-            [to_map(level, grid) for level in levels] if levels else [],
+            [to_map(level - level.mean((0, 1)), grid) for level in levels] if levels else [],
         )
 
     def begin_step(self, step: int, num_steps: int) -> None:

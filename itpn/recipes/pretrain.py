@@ -109,7 +109,7 @@ def own_data(*, size: str = "itpn_base", epochs: int = 400) -> Pretrain:
     )
 
 
-def demo(*, epochs: int = 30, feature_weight: float = 0.3) -> Pretrain:
+def demo(*, epochs: int = 10, feature_weight: float = 0.3) -> Pretrain:
     """A nano iTPN on the bundled sample, for two CPU cores.
 
     Run: make demo, or itpn sample-data data/sample and itpn train pretrain_demo.
@@ -127,8 +127,8 @@ def demo(*, epochs: int = 30, feature_weight: float = 0.3) -> Pretrain:
         data=DataConfig(root=Path("data/sample/imagefolder")),
         optim=AdamWConfig(lr=1e-3),
         schedule=CosineConfig(),
-        loop=LoopConfig(epochs=epochs, batch_size=64),
-        knn=KnnConfig(every=max(1, epochs // 3)),
+        loop=LoopConfig(epochs=epochs, batch_size=64, picture_every=5),
+        knn=KnnConfig(every=5),
     )
 
 

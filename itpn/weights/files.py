@@ -24,6 +24,8 @@ from itpn.objectives.pixel import PixelObjective
 
 T = TypeVar("T")
 MODEL_PARTS = ("backbone.", "pyramid.")
+NANO = Path(__file__).parents[1] / "data" / "nano.safetensors"
+"""A nano model pre-trained on the bundled sample, with its decoder (its card is nano.md beside it)."""
 _converter = cattrs.Converter(forbid_extra_keys=True)
 
 
