@@ -1,6 +1,6 @@
-"""Makes the bundled weights from a run: `python tools/export_nano.py RUN [itpn/data/nano.safetensors]`.
+"""Makes the bundled weights from a run: `python tools/export_nano.py RUN [OUT]`.
 
-Backbone, pyramid and pixel decoder of the run's last checkpoint, as 16-bit floats; without teacher and feature heads.
+Backbone, pyramid and pixel decoder of the run's last checkpoint, as 16-bit floats.
 """
 
 import sys
@@ -16,9 +16,8 @@ def main(run: str, out: str = str(files.NANO)) -> None:
     }
     config = {**weights.config, "data": {}, "loop": {"seed": weights.config["loop"]["seed"]}, "init": None}
     files.save(Path(out), halves, config)
-    print(
-        f"{out}: {sum(map(lambda t: t.numel(), halves.values())):,} numbers, {Path(out).stat().st_size:,} bytes"
-    )
+    num_numbers = sum(tensor.numel() for tensor in halves.values())
+    print(f"{out}: {num_numbers:,} numbers, {Path(out).stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

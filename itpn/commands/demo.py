@@ -9,10 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from itpn.commands.arguments import parse
+from itpn.commands.reconstruct import run as reconstruct
 from itpn.data.sample_data import write_imagefolder
 from itpn.recipes.lookup import find, load
 from itpn.show.curves import read_metrics
 from itpn.tasks import pretrain
+from itpn.weights import files
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,10 @@ def run(arguments: list[str]) -> None:
         write_imagefolder(beside)
         beside.rename(data.root)
     finished = pretrain(replace(recipe, data=data, loop=loop))
+    longer = finished / "pictures" / "longer-training.png"
+    reconstruct([str(files.NANO), str(data.root), "--out", str(longer), "--num", "6", "--device", "cpu"])
     show_results(finished)
+    print(f"What more epochs bring, by the weights that ship with itpn: {longer}")
 
 
 def show_results(finished: Path) -> None:
