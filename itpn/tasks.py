@@ -43,11 +43,17 @@ def pretrain(recipe: Pretrain) -> Path:
         if run.finished_step is not None:
             run.say(f"{run.directory} is finished ({run.finished_step} steps); --run-dir names another run")
             return run.directory
+        if recipe.model.backbone.in_channels != 3:
+            raise UserError(
+                "model.backbone.in_channels: images are read as 3 channels; leave it at 3 to train"
+            )
         images = find_images(recipe.data.root, "train", recipe.data.list)
         run.say(images.description)
         steps = steps_per_epoch(len(images), recipe.loop.batch_size)
         objective = build(recipe)
-        if recipe.init and not any(run.checkpoints.iterdir()):  # a checkpoint would override it
+        if recipe.init and _has_checkpoint(run):
+            run.say(f"going on from a checkpoint; --init {recipe.init} was for the start")
+        elif recipe.init:
             run.say(files.load_into(objective, files.read(recipe.init)))
         finished = train(
             objective,
@@ -65,6 +71,12 @@ def pretrain(recipe: Pretrain) -> Path:
         if finished and world.is_main:
             _finish(recipe, objective, run, recipe.loop.epochs * steps)
         return run.directory
+
+
+def _has_checkpoint(run: Run) -> bool:
+    """As rank 0 sees it, whose view the others may not share yet."""
+    found = run.world.is_main and any(path.name.isdecimal() for path in run.checkpoints.glob("*"))
+    return bool(run.world.largest(found)[0])
 
 
 def build(recipe: Pretrain) -> PixelObjective:
@@ -86,7 +98,11 @@ def load_objective(path: Path, *, mask_ratio: float | None = None) -> PixelObjec
             "name the run directory, or a checkpoint's model.safetensors"
         )
     trained = weights.part("objective", PixelConfig)
-    config = replace(trained, features=FeaturesConfig(), mask_ratio=mask_ratio or trained.mask_ratio)
+    config = replace(
+        trained,
+        features=FeaturesConfig(),
+        mask_ratio=trained.mask_ratio if mask_ratio is None else mask_ratio,
+    )
     objective = PixelObjective(weights.part("model", ModelConfig), config)
     files.load_into(objective, weights.without("features"))
     return objective

@@ -104,6 +104,18 @@ def test_exit_status(monkeypatch, capsys, raised, status):
         ("info pretrain_demo --objective.mask-ratio 1.5", "must lie between 0.028 and 0.972"),
         ("info pretrain_demo --objective.mask-ratio 0", "must lie between 0.028 and 0.972"),
         ("info pretrain_demo --objective.mask-ratio 0.99", "leaves none visible"),
+        ("info pretrain_demo --model.backbone.depths 1 1 0", "at least 1"),
+        ("info pretrain_demo --model.backbone.num-heads 0", "at least 1"),
+        ("info pretrain_demo --model.backbone.drop-path 1", "drop_path"),
+        ("info pretrain_demo --model.pyramid.width -1", "model.pyramid"),
+        ("info pretrain_demo --objective.mean 0.5 0.5", "objective.mean"),
+        ("info pretrain_demo --objective.std 0 1 1", "objective.std"),
+        ("info pretrain_demo --objective.masks-per-image 0", "masks_per_image"),
+        ("info pretrain_demo --objective.features.beta -1", "beta"),
+        ("info pretrain_demo --objective.decoder.num-heads 0", "objective.decoder"),
+        ("info pretrain_demo --clip-grad 0", "--clip-grad"),
+        ("info pretrain_demo --checkpoint-every 0", "--checkpoint-every"),
+        ("info pretrain_demo --picture-every -1", "--picture-every"),
         ("configs all", "takes no argument"),
     ],
 )
@@ -123,6 +135,10 @@ def test_mistakes_before_anything_runs(capsys, arguments, words):
         ("--run-dir images/0.png/run", "--run-dir"),
         ("--init nowhere.safetensors", "nowhere.safetensors"),
         ("--schedule.warmup-epochs 1", "warmup"),
+        (
+            "--model.backbone.in-channels 1 --objective.mean 0 --objective.std 1",
+            "images are read as 3 channels",
+        ),
     ],
 )
 def test_mistakes_before_training(capsys, elsewhere, images, monkeypatch, arguments, words):

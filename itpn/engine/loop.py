@@ -59,10 +59,17 @@ class LoopConfig:
     """Stop after this step, with a checkpoint, as if interrupted."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "device_batch", "log_every", "keep_last", "max_steps"):
+        counts = ("epochs", "batch_size", "device_batch", "log_every", "checkpoint_every", "keep_last")
+        for name in (*counts, "keep_every", "max_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.picture_every < 0 or not self.checkpoint_minutes > 0:
+            raise UserError("--picture-every must be at least 0, --checkpoint-minutes greater than 0")
+        if self.clip_grad is not None and not self.clip_grad > 0:
+            raise UserError(
+                f"--clip-grad must be greater than 0, not {self.clip_grad}; leave it out not to clip"
+            )
 
 
 class Objective(Protocol):
@@ -89,7 +96,7 @@ class EpochEnd:
 
     every: int
     call: Callable[[int, int], Mapping[str, float | Image]]
-    """(epoch, step), both counted from 1, to named numbers and pictures, which are logged."""
+    """(epoch, step) that are done to named numbers and pictures, which are logged."""
 
 
 def train(
@@ -224,9 +231,11 @@ def train(
 
 
 def evaluate(tasks: Sequence[EpochEnd], epoch: int, step: int, epochs: int, log: Log) -> None:
-    for task in tasks:
-        if task.every and (epoch % task.every == 0 or epoch == epochs):
-            log.write(step, task.call(epoch, step))
+    # Not compiled: other precisions and sizes would use up what a block may be compiled for.
+    with torch.compiler.set_stance("force_eager"):
+        for task in tasks:
+            if task.every and (epoch % task.every == 0 or epoch == epochs):
+                log.write(step, task.call(epoch, step))
 
 
 def mean_parts(names: list[str], parts: torch.Tensor, step: int) -> dict[str, float]:

@@ -102,6 +102,12 @@ class HiViTConfig:
                 f"model.backbone.image_size: {self.image_size} is not a multiple of the unit of "
                 f"{self.patch_size} pixels; the nearest is {nearest}"
             )
+        if min(self.shape.width, self.shape.num_heads, self.in_channels, *self.shape.depths) < 1:
+            raise UserError(
+                "model.backbone: width, num_heads, in_channels and every depth must be at least 1"
+            )
+        if not 0 <= self.drop_path < 1:
+            raise UserError(f"model.backbone.drop_path: {self.drop_path} lies outside [0, 1)")
         if self.shape.width % (4 * self.shape.num_heads):
             raise UserError(
                 f"model.backbone.width: {self.shape.width} does not divide by 4 and by "
@@ -111,7 +117,8 @@ class HiViTConfig:
     @property
     def shape(self) -> Shape:
         size = SIZES[self.size]
-        return Shape(self.width or size.width, self.depths or size.depths, self.num_heads or size.num_heads)
+        given = (self.width, self.depths, self.num_heads)
+        return Shape(*(row if own is None else own for own, row in zip(given, size, strict=True)))  # type: ignore[arg-type]
 
     @property
     def grid(self) -> Grid:

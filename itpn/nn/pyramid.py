@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from itpn.errors import UserError
 from itpn.nn.hivit import Features, HiViT, HiViTConfig
 from itpn.nn.layers import LocalBlock, Split, init_linears
 
@@ -29,6 +30,10 @@ class PyramidConfig:
     """Epsilon of every LayerNorm."""
     init: Literal["normal", "xavier"] = "normal"
     """Start of the linear layers: N(0, 0.02), or Xavier-uniform (the mmpretrain models)."""
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.depth < 0:
+            raise UserError("model.pyramid: width must be at least 1 and depth at least 0")
 
 
 class Pyramid(nn.Module):

@@ -30,6 +30,8 @@ class DecoderConfig:
     """Start of the linear layers: N(0, 0.02), or Xavier-uniform (the mmpretrain models)."""
 
     def __post_init__(self) -> None:
+        if self.num_heads < 1 or self.depth < 1 or self.width < 1:
+            raise UserError("objective.decoder: width, depth and num_heads must be at least 1")
         if self.width % 16 or self.width % self.num_heads:
             raise UserError(
                 f"objective.decoder.width: {self.width} must divide by 16 and by {self.num_heads} heads"

@@ -55,6 +55,12 @@ class FeaturesConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.momentum <= 1:
             raise UserError(f"objective.features.momentum: {self.momentum} lies outside 0..1")
+        if not self.stages:
+            raise UserError("objective.features.stages is empty; name at least one of c4, c8, c16")
+        if not self.beta > 0:
+            raise UserError(f"objective.features.beta: {self.beta} must be greater than 0")
+        if self.decoder_depth < 1:
+            raise UserError(f"objective.features.decoder_depth: {self.decoder_depth} must be at least 1")
         if self.weight < 0:
             raise UserError(
                 f"objective.features.weight: {self.weight} is negative; 0 switches the feature loss off"
@@ -80,12 +86,13 @@ class RunningStatistics(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("averages", torch.zeros(3, width))  # of 1, x, x^2
-        self.register_buffer("pending", torch.zeros(3, width, dtype=torch.float64), persistent=False)
+        self.register_buffer("pending", torch.zeros(3, width), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardise ``[..., C]`` by what past steps have seen (the first step passes unchanged)."""
-        flat = x.flatten(0, -2).double()
-        self.pending += torch.stack([torch.full_like(flat[0], len(flat)), flat.sum(0), flat.square().sum(0)])
+        flat = x.flatten(0, -2)
+        spread, centre = torch.var_mean(flat, 0, correction=0)
+        self.pending += len(flat) * torch.stack([torch.ones_like(centre), centre, spread + centre.square()])
         count, mean, square = self.averages
         count = count.clamp_min(1e-12)
         mean, variance = mean / count, square / count - (mean / count).square()
@@ -94,8 +101,7 @@ class RunningStatistics(nn.Module):
     def end_step(self) -> None:
         if dist.is_initialized():
             dist.all_reduce(self.pending)
-        seen = (self.pending / self.pending[0]).to(self.averages.dtype)
-        self.averages.lerp_(seen, 1 - self.momentum)
+        self.averages.lerp_(self.pending / self.pending[0], 1 - self.momentum)
         self.pending.zero_()
 
 
@@ -128,20 +134,22 @@ class FeatureModeling(nn.Module):
         self._variance: Tensor | None = None
 
     @torch.no_grad()
-    def targets(self, images: Tensor) -> dict[str, Tensor]:
-        """The teacher's features of whole images, normalised: per stage ``[B, N, cells, C_s]``."""
+    def teach(self, images: Tensor) -> dict[str, Tensor]:
+        """The teacher's features of whole images: per stage ``[B, N, cells, C_s]``, in fp32."""
         features: Features = self.teacher(images)
-        targets: dict[str, Tensor] = {}
-        for stage in self.config.stages:
-            cells = getattr(features, stage).float()
-            cells = cells.reshape(*cells.shape[:2], CELLS[stage], cells.shape[-1])
-            match self.config.normalisation:
-                case "layer-norm":
-                    cells = F.layer_norm(cells, cells.shape[-1:])
-                case "standardise":
-                    cells = self.statistics[stage](cells)
-            targets[stage] = cells
-        return targets
+        stages = {stage: getattr(features, stage).float() for stage in self.config.stages}
+        return {s: x.reshape(*x.shape[:2], CELLS[s], x.shape[-1]) for s, x in stages.items()}
+
+    @torch.no_grad()
+    def normalise(self, stage: str, cells: Tensor) -> Tensor:
+        """A stage's features as targets."""
+        match self.config.normalisation:
+            case "layer-norm":
+                return F.layer_norm(cells, cells.shape[-1:])
+            case "standardise":
+                return cast(Tensor, self.statistics[stage](cells))
+            case "none":
+                return cells
 
     def predict(
         self, decoded: Tensor, embedded: list[Tensor], keep: Tensor, hidden: Tensor
@@ -164,20 +172,22 @@ class FeatureModeling(nn.Module):
             images: whole images ``[B, c, H, W]``; the other arguments may hold several masks of each, ``[B *
             M, ...]``.
         """
-        targets = self.targets(images)
+        features = self.teach(images)
         predictions = self.predict(decoded, embedded, keep, hidden)
         supervised = hidden if self.config.positions == "hidden" else torch.ones_like(hidden)
         parts: dict[str, Tensor] = {}
         losses = []
-        for stage, target in targets.items():
-            repeated = target.repeat_interleave(len(keep) // len(images), 0).flatten(2)
+        for stage, cells in features.items():
+            target = self.normalise(stage, cells)
+            repeated = repeated_for_masks(target, len(keep) // len(images)).flatten(2)
             error = F.smooth_l1_loss(
                 predictions[stage].float(), repeated, reduction="none", beta=self.config.beta
             )
             losses.append(mean_over_hidden(error.mean(-1), supervised))
             parts[f"feature_{stage}"] = losses[-1].detach()
-            parts[f"variance_{stage}"], parts[f"position_share_{stage}"] = target_diagnostics(target)
-        self._variance = torch.stack([parts[f"variance_{stage}"] for stage in targets]).min()
+            parts[f"variance_{stage}"] = relative_variance(cells)
+            parts[f"position_share_{stage}"] = position_share(target)
+        self._variance = torch.stack([parts[f"variance_{stage}"] for stage in features]).min()
         feature = torch.stack(losses).mean()
         return feature, {"feature": feature.detach(), **parts}
 
@@ -205,16 +215,27 @@ class FeatureModeling(nn.Module):
             )
 
 
-def target_diagnostics(target: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance of targets ``[B, N, cells, C]`` over batch and positions, and the share position explains.
+def repeated_for_masks(x: Tensor, num_masks: int) -> Tensor:
+    """``[B, ...]`` to ``[B * masks, ...]``, each sample as often as it has masks; no copy for one."""
+    return x.repeat_interleave(num_masks, 0) if num_masks > 1 else x
 
-    The share is unbiased: the noise of a mean over B samples is taken out, so it may fall a little below 0.
-    It is 0 for a single sample, which cannot tell the two apart.
+
+def relative_variance(features: Tensor) -> Tensor:
+    """Variance of ``[B, N, cells, C]`` over batch and positions, over the mean square: 0 is collapse."""
+    spread, centre = torch.var_mean(features.flatten(0, 2), 0, correction=0)
+    return spread.mean() / (spread + centre.square()).mean().clamp_min(1e-20)
+
+
+def position_share(target: Tensor) -> Tensor:
+    """The share of the variance of targets ``[B, N, cells, C]`` that position alone explains.
+
+    Unbiased: the noise of a mean over B samples is taken out, so it may fall a little below 0. It is 0 for a
+    single sample, which cannot tell the two apart.
     """
     by_position = target.flatten(1, 2)
-    total = by_position.flatten(0, 1).var(0, unbiased=False).mean()
     if len(target) == 1:
-        return total, torch.zeros_like(total)
+        return target.new_zeros(())
+    total = by_position.flatten(0, 1).var(0, unbiased=False).mean()
     noise = by_position.var(0).mean() / len(target)
     between = by_position.mean(0).var(0, unbiased=False).mean() - noise
-    return total, between / total.clamp_min(1e-12)
+    return between / total.clamp_min(1e-20)

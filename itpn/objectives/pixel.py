@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from itpn.errors import UserError
 from itpn.nn.layers import init_linears, to_map, units_of
 from itpn.nn.pyramid import Levels, Model, ModelConfig
 from itpn.objectives.decoder import Decoder, DecoderConfig, build_embed, fill, mean_over_hidden
-from itpn.objectives.features import FeatureModeling, FeaturesConfig
+from itpn.objectives.features import FeatureModeling, FeaturesConfig, repeated_for_masks
 from itpn.objectives.masking import RandomMasking, hidden_units, num_kept
 
 
@@ -32,6 +33,12 @@ class PixelConfig:
     """Standard deviation of each image channel, in 0..1; ImageNet's."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
+
+    def __post_init__(self) -> None:
+        if self.masks_per_image < 1:
+            raise UserError(f"objective.masks_per_image: {self.masks_per_image} must be at least 1")
+        if len(self.mean) != len(self.std) or not all(deviation > 0 for deviation in self.std):
+            raise UserError("objective.mean and objective.std need one number per channel each, std above 0")
 
 
 class Reconstruction(NamedTuple):
@@ -63,6 +70,11 @@ class PixelObjective(nn.Module):
         super().__init__()
         backbone, width = model.backbone, config.decoder.width
         self.config = config
+        if len(config.mean) not in (1, backbone.in_channels):
+            raise UserError(
+                f"objective.mean has {len(config.mean)} numbers, but model.backbone.in_channels is "
+                f"{backbone.in_channels}; give one number, or one per channel"
+            )
         self.num_units, self.num_kept = backbone.num_units, num_kept(backbone.num_units, config.mask_ratio)
         self.model = Model(model)
         self.embed = build_embed(model, config.decoder)
@@ -93,7 +105,7 @@ class PixelObjective(nn.Module):
         """
         whole = self.normalise(batch["images"])
         keep, drop = batch["keep"].flatten(0, 1), batch["drop"].flatten(0, 1) if "drop" in batch else None
-        images = whole.repeat_interleave(self.config.masks_per_image, 0)
+        images = repeated_for_masks(whole, self.config.masks_per_image)
         hidden = hidden_units(keep, self._num_units(images))
 
         embedded, _ = self.encode(images, keep, drop)

@@ -125,7 +125,7 @@ def demo(*, epochs: int = 10, feature_weight: float = 0.3) -> Pretrain:
             features=FeaturesConfig(weight=feature_weight, momentum_warmup=True),
         ),
         data=DataConfig(root=Path("data/sample/imagefolder")),
-        optim=AdamWConfig(lr=1e-3),
+        optim=AdamWConfig(base_lr=4e-3),
         schedule=CosineConfig(),
         loop=LoopConfig(epochs=epochs, batch_size=64, picture_every=5),
         knn=KnnConfig(every=5),

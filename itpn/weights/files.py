@@ -134,7 +134,10 @@ def load_into(objective: PixelObjective, weights: Weights) -> str:
             f"--init {weights.path}: {len(wrong)} tensors do not fit ({'; '.join(wrong[:3])}); "
             "give the model the file's size and parts with --model.backbone.* and --model.pyramid.*"
         )
-    state |= {own[name]: value for name, value in weights.tensors.items() if name in own}
+    tensors = {
+        name: value for name, value in weights.tensors.items() if not name.endswith("decoder.position")
+    }
+    state |= {own[name]: value for name, value in tensors.items() if name in own}
     if "features" not in taken:
         teacher = "features.teacher."
         state |= {

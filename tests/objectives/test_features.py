@@ -10,7 +10,13 @@ import torch.nn.functional as F
 
 from itpn.errors import UserError
 from itpn.nn.hivit import HiViT
-from itpn.objectives.features import FeaturesConfig, RunningStatistics, momentum_at, target_diagnostics
+from itpn.objectives.features import (
+    FeaturesConfig,
+    RunningStatistics,
+    momentum_at,
+    position_share,
+    relative_variance,
+)
 from itpn.objectives.masking import hidden_units
 from tests.toys import toy_batch, toy_objective
 
@@ -111,8 +117,8 @@ def test_hidden_pixels_change_the_targets_but_no_prediction(branches):
 
     for before, after in zip(predictions(batch["images"]), predictions(changed), strict=True):
         assert torch.equal(before, after)
-    targets = objective.features.targets
-    before, after = targets(objective.normalise(batch["images"])), targets(objective.normalise(changed))
+    teach = objective.features.teach
+    before, after = teach(objective.normalise(batch["images"])), teach(objective.normalise(changed))
     for stage in before:
         assert not torch.allclose(before[stage][hidden], after[stage][hidden])
 
@@ -216,25 +222,42 @@ def test_running_statistics_are_the_weighted_mean_and_variance_of_past_steps():
     )
 
 
-def test_target_diagnostics_know_position_from_content():
+def test_position_share_knows_position_from_content():
     generator = torch.Generator().manual_seed(0)
     by_position = torch.randn(1, 36, 4, 8, generator=generator).expand(64, -1, -1, -1)
     content = torch.randn(64, 36, 4, 8, generator=generator)
-    assert target_diagnostics(by_position)[1] == pytest.approx(1.0, abs=1e-3)
-    assert target_diagnostics(content)[1] == pytest.approx(0.0, abs=0.01)
-    total, share = target_diagnostics(by_position + content)
-    assert total == pytest.approx(2.0, abs=0.1)
-    assert share == pytest.approx(0.5, abs=0.03)
+    assert position_share(by_position) == pytest.approx(1.0, abs=1e-3)
+    assert position_share(content) == pytest.approx(0.0, abs=0.01)
+    assert position_share(by_position + content) == pytest.approx(0.5, abs=0.03)
+    assert position_share(content[:1]) == 0
 
 
-def test_collapse_warns():
-    objective = toy_objective({"normalisation": "none"})
+def test_relative_variance_sees_collapse_at_any_scale():
+    features = torch.randn(64, 36, 4, 8, generator=torch.Generator().manual_seed(0))
+    for scale in (1e-4, 1.0, 1e4):
+        assert relative_variance(scale * features) == pytest.approx(1.0, abs=0.01)
+        assert relative_variance(scale * (features + 3)) == pytest.approx(0.1, abs=0.01)
+    assert relative_variance(torch.ones(4, 9, 1, 8)) == 0
+
+
+@pytest.mark.parametrize("normalisation", ["standardise", "layer-norm", "none"])
+def test_collapse_warns_whatever_the_normalisation(normalisation):
+    objective = toy_objective({"normalisation": normalisation})
     with torch.no_grad():
-        for parameter in objective.features.teacher.parameters():
-            parameter.zero_()
+        for name, parameter in objective.features.teacher.named_parameters():
+            if "bias" not in name:
+                parameter.mul_(1e-6)
+            else:
+                parameter.add_(1)
     objective(toy_batch(objective))
     with pytest.warns(UserWarning, match="hardly vary"):
         objective.end_step(0, 10)
+
+
+def test_nothing_needs_double_precision():
+    """Apple's GPUs have none."""
+    objective = toy_objective({"branches": "levels"})
+    assert {value.dtype for value in (*objective.parameters(), *objective.buffers())} == {torch.float32}
 
 
 def test_wrong_choices_name_their_field():
