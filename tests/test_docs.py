@@ -1,0 +1,47 @@
+"""The documents: every relative link leads somewhere, and the README's Python runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from itpn.recipes.pretrain import demo
+from itpn.tasks import build, config_of
+from itpn.weights import files
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    *ROOT.glob("*.md"),
+    *ROOT.glob("docs/*.md"),
+    *ROOT.glob("itpn/data/**/*.md"),
+    *ROOT.glob("tests/**/*.md"),
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_resolve(page):
+    for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+        assert link.startswith("http") or (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    recipe = demo()
+    tensors = {n: t for n, t in files.portable(build(recipe)).items() if n.startswith(files.MODEL_PARTS)}
+    monkeypatch.chdir(tmp_path)
+    Path("runs/pretrain_own-data").mkdir(parents=True)
+    files.save(Path("runs/pretrain_own-data/pretrained.safetensors"), tensors, config_of(recipe))
+    names = {"images": torch.zeros(1, 3, 96, 128)}
+    exec(code, names)
+    assert names["levels"].p4.shape == (1, 48, 4, 4, 96)
+
+
+def test_the_bundled_weights_are_what_their_card_says():
+    weights = files.read(files.NANO)
+    assert files.NANO.stat().st_size <= 8e6
+    assert (
+        f"{sum(tensor.numel() for tensor in weights.tensors.values()):,}"
+        in files.NANO.with_suffix(".md").read_text()
+    )
+    assert weights.parts == {"backbone", "pyramid", "embed", "mask_token", "decoder", "head"}
