@@ -64,7 +64,7 @@ class LoopConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-        if self.picture_every < 0 or not self.checkpoint_minutes >= 0:
+        if self.picture_every < 0 or self.checkpoint_minutes < 0:
             raise UserError("--picture-every and --checkpoint-minutes must be at least 0")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise UserError(
