@@ -2,4 +2,4 @@
 
 from itpn.recipes.pretrain import demo
 
-config = demo(epochs=10)
+config = demo(epochs=15)

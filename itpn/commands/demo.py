@@ -51,9 +51,8 @@ def show_results(finished: Path) -> None:
     metrics = read_metrics(finished / "metrics.jsonl")
     table = Table("", "at the start", "at the end", title="what the minutes changed", title_justify="left")
     for key, name in {
-        "pixel": "pixel loss (hidden units, 1 = predicting the mean)",
-        "feature": "feature loss (smooth L1, mean of three stages)",
-        "knn_top1": "k-NN top-1 on the validation images",
+        "pixel": "pixel loss (1: each unit's mean)",
+        "knn_top1": "k-NN top-1, validation images",
     }.items():
         values = [line[key] for line in metrics.values() if key in line]
         if values:
@@ -63,7 +62,7 @@ def show_results(finished: Path) -> None:
     console.print(table)
     model = json.loads((finished / "config.json").read_text())["model"]["backbone"]
     console.print(
-        f"A {model['size']} on {model['image_size']}-pixel images for minutes: "
+        f"An {model['size']} on {model['image_size']}-pixel images for minutes: "
         "the pictures say more than k-NN does."
     )
     newest = sorted((finished / "pictures").glob("reconstruction-*.png"))[-1]

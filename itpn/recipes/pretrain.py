@@ -109,7 +109,7 @@ def own_data(*, size: str = "itpn_base", epochs: int = 400) -> Pretrain:
     )
 
 
-def demo(*, epochs: int = 10, feature_weight: float = 0.3) -> Pretrain:
+def demo(*, epochs: int = 15, feature_weight: float = 0.3) -> Pretrain:
     """A nano iTPN on the bundled sample, for two CPU cores.
 
     Run: make demo, or itpn sample-data data/sample and itpn train pretrain_demo.
