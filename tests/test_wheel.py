@@ -54,6 +54,7 @@ def scripts(wheel, tmp_path_factory) -> Path:
 
 def test_it_holds_configs_and_sample(wheel):
     with zipfile.ZipFile(wheel) as archive:
+        assert {"itpn/data/nano.safetensors", "itpn/data/nano.md"} <= set(archive.namelist())
         held = set(archive.namelist())
     expected = {path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.py")}
     sample = {path.relative_to(ROOT) for path in (ROOT / "itpn" / "data" / "sample").iterdir()}
