@@ -1,5 +1,4 @@
-"""The wiring diagram: from a recipe to model, data, objective and evaluation. The only file that knows every
-room."""
+"""The wiring diagram: from a recipe to model, data, objective and evaluation, the one file that knows all."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -16,12 +15,13 @@ from itpn.data.images import ImageList, find_images
 from itpn.data.loader import Batch, steps_per_epoch, train_loader
 from itpn.data.picture import BadImageError, load_image
 from itpn.data.transforms import center_crop
+from itpn.engine import checkpoint
 from itpn.engine.distributed import World, join_world
 from itpn.engine.loop import EpochEnd, train
 from itpn.engine.run import Run
 from itpn.errors import UserError
 from itpn.evaluate.knn import check_labels, knn
-from itpn.nn.pyramid import ModelConfig
+from itpn.nn.pyramid import Levels, ModelConfig
 from itpn.objectives.features import FeaturesConfig
 from itpn.objectives.pixel import PixelConfig, PixelObjective
 from itpn.recipes.pretrain import Pretrain
@@ -75,7 +75,7 @@ def pretrain(recipe: Pretrain) -> Path:
 
 def _has_checkpoint(run: Run) -> bool:
     """As rank 0 sees it, whose view the others may not share yet."""
-    found = run.world.is_main and any(path.name.isdecimal() for path in run.checkpoints.glob("*"))
+    found = run.world.is_main and bool(checkpoint.steps(run.checkpoints))
     return bool(run.world.largest(found)[0])
 
 
@@ -180,12 +180,12 @@ def picture_of(
     keep = torch.stack([objective.draw(generator)["keep"][0] for _ in images]).to(images.device)
     shown = objective.reconstruct(images, keep)
     objective.train(training)
-    names = ("p4", "p8", "p16")
+    named = zip(Levels._fields, shown.levels, strict=True) if shown.levels else ()  # MAE has no pyramid
     return reconstruction_picture(
         shown.original.cpu(),
         shown.masked.cpu(),
         shown.reconstruction.cpu(),
-        [(name, level.cpu()) for name, level in zip(names, shown.levels, strict=False)],
+        [(name, level.cpu()) for name, level in named],
         captions,
     )
 

@@ -74,12 +74,12 @@ def latest(root: Path, say: Callable[[str], None]) -> Path | None:
     Raises:
         UserError: there are checkpoints, but none is whole.
     """
-    steps = _steps(root)
-    if not steps:
+    found = steps(root)
+    if not found:
         return None
     last = (root / LAST).read_text().strip() if (root / LAST).is_file() else ""
-    newest = int(last) if last.isdecimal() else steps[-1]
-    for step in reversed([step for step in steps if step <= newest]):
+    newest = int(last) if last.isdecimal() else found[-1]
+    for step in reversed([step for step in found if step <= newest]):
         directory = root / f"{step:08d}"
         try:
             read_state(directory)
@@ -159,8 +159,8 @@ def load_optimizer(directory: Path, optimizer: torch.optim.Optimizer) -> None:
 
 def prune(root: Path, step: int, *, keep_last: int, keep_every: int | None) -> None:
     """Deletes what is older than the last `keep_last` up to `step`, except every `keep_every` steps."""
-    steps = [other for other in _steps(root) if other <= step]
-    for old in steps[: -max(keep_last, 1)]:
+    before = [other for other in steps(root) if other <= step]
+    for old in before[: -max(keep_last, 1)]:
         if not keep_every or old % keep_every:
             shutil.rmtree(root / f"{old:08d}", ignore_errors=True)
 
@@ -182,7 +182,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _steps(root: Path) -> list[int]:
+def steps(root: Path) -> list[int]:
+    """Of all checkpoints below `root`, whole or damaged."""
     return sorted(int(path.name) for path in root.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
 
 

@@ -169,8 +169,7 @@ class FeatureModeling(nn.Module):
         """Smooth-L1 between predictions and targets on the supervised units, averaged over stages.
 
         Args:
-            images: whole images ``[B, c, H, W]``; the other arguments may hold several masks of each, ``[B *
-            M, ...]``.
+            images: whole images ``[B, c, H, W]``; the other arguments hold M masks of each, ``[B * M, ...]``.
         """
         features = self.teach(images)
         predictions = self.predict(decoded, embedded, keep, hidden)

@@ -73,7 +73,7 @@ def loss_curves(
     rows = math.ceil(len(keys) / columns)
     figure = Figure(figsize=(4.4 * columns, 3.1 * rows + 0.4), dpi=150, layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for panel, key in zip(panels, keys, strict=False):
+    for panel, key in zip(panels[: len(keys)], keys, strict=True):
         _draw_panel(panel, metrics, key, against)
     for panel in panels[len(keys) :]:
         panel.remove()
@@ -121,6 +121,7 @@ def read_metrics(path: Path) -> Metrics:
 
 def _draw_panel(panel: Axes, metrics: Mapping[str, Sequence[Metrics]], key: str, against: str) -> None:
     quantity = USUAL.get(key, Quantity(title=key.replace("_", " "), axis=key))
+    # The cycles have no end, so they cannot be as long as what they are zipped with.
     curves = [
         (*_series(run, key, against), colour, style)
         for arm, colour in zip(metrics.values(), cycle(COLOURS), strict=False)
