@@ -10,10 +10,15 @@ from itpn.errors import UserError
 
 COMMANDS = {
     "train": ("itpn.commands.train", "pre-train as a config says; the same command again resumes"),
+    "replay": ("itpn.commands.replay", "take a step again whose loss or gradient was not finite"),
     "reconstruct": ("itpn.commands.reconstruct", "show what a run fills in where images are masked"),
     "info": ("itpn.commands.info", "a config's parameters and multiply-adds"),
     "configs": ("itpn.commands.configs", "list the configs"),
     "sample-data": ("itpn.commands.sample_data", "write the sample as image folder, COCO and ADE20K"),
+    "shard": (
+        "itpn.commands.shard",
+        "write images as tar shards, for disks and networks that prefer few files",
+    ),
     "demo": ("itpn.commands.demo", "pre-train a nano model on the sample and show what it learned"),
 }
 

@@ -9,15 +9,20 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
-from itpn.data.images import ImageList, find_images
+from itpn.data.images import find_images
 from itpn.data.loader import Batch, steps_per_epoch, train_loader
-from itpn.data.picture import BadImageError, load_image
+from itpn.data.picture import BadImageError
+from itpn.data.source import Images
 from itpn.data.transforms import center_crop
-from itpn.engine import checkpoint
-from itpn.engine.distributed import World, join_world
+from itpn.engine import checkpoint, replay
+from itpn.engine.bad_files import BadFiles
+from itpn.engine.distributed import DeviceName, World, choose_device, join_world
 from itpn.engine.loop import EpochEnd, train
+from itpn.engine.numerics import set_numerics
+from itpn.engine.replay import BadStep
 from itpn.engine.run import Run
 from itpn.errors import UserError
 from itpn.evaluate.knn import check_labels, knn
@@ -30,6 +35,32 @@ from itpn.show.reconstruction import reconstruction_picture
 from itpn.weights import files
 
 NUM_PICTURED = 6
+FREE = (
+    "data.root",  # the images themselves are pinned
+    "data.list",
+    "data.workers",
+    "data.max_bad_share",
+    "knn",
+    "init",
+    *(
+        f"loop.{name}"
+        for name in (
+            "device",
+            "device_batch",
+            "log_every",
+            "checkpoint_every",
+            "checkpoint_minutes",
+            "keep_last",
+            "keep_every",
+            "picture_every",
+            "run_dir",
+            "max_steps",
+            "skip_bad_steps",
+            "force",
+        )
+    ),
+)
+"""Fields that may change while a run lasts: they decide where and how it runs, not what it learns."""
 
 
 def pretrain(recipe: Pretrain) -> Path:
@@ -39,7 +70,8 @@ def pretrain(recipe: Pretrain) -> Path:
         UserError: settings, data or weights that do not go together.
     """
     with join_world(recipe.loop.device) as world:
-        run = Run(recipe.loop.run_dir or Path("runs") / recipe.name, config_of(recipe), world)
+        directory = recipe.loop.run_dir or Path("runs") / recipe.name
+        run = Run(directory, config_of(recipe), world, free=FREE, force=recipe.loop.force)
         if run.finished_step is not None:
             run.say(f"{run.directory} is finished ({run.finished_step} steps); --run-dir names another run")
             return run.directory
@@ -49,6 +81,8 @@ def pretrain(recipe: Pretrain) -> Path:
             )
         images = find_images(recipe.data.root, "train", recipe.data.list)
         run.say(images.description)
+        run.pin("images", images.fingerprint)
+        bad = BadFiles(run, len(images), recipe.data.max_bad_share)
         steps = steps_per_epoch(len(images), recipe.loop.batch_size)
         objective = build(recipe)
         if recipe.init and _has_checkpoint(run):
@@ -57,15 +91,16 @@ def pretrain(recipe: Pretrain) -> Path:
             run.say(files.load_into(objective, files.read(recipe.init)))
         finished = train(
             objective,
-            partial(_batches, recipe, images, objective, world),
+            partial(_batches, recipe, images, objective, world, bad),
             steps_per_epoch=steps,
             loop=recipe.loop,
             optim=recipe.optim,
             schedule=recipe.schedule,
             run=run,
+            bad=bad,
             at_epoch_end=[
                 _pictures(recipe, images, objective, world),
-                _knn(recipe, images, objective, world),
+                _knn(recipe, images, objective, world, bad),
             ],
         )
         if finished and world.is_main:
@@ -108,6 +143,35 @@ def load_objective(path: Path, *, mask_ratio: float | None = None) -> PixelObjec
     return objective
 
 
+def replay_step(
+    directory: Path, device_name: DeviceName, root: Path | None
+) -> tuple[BadStep, BadStep, Images]:
+    """Takes the step again that a run left in its `replay/`: what came out then and now, and the images.
+
+    Args:
+        directory: the run's, or its `replay/`.
+        root: where the images are, if they have moved.
+
+    Raises:
+        UserError: there is no such step, or its images are not there.
+    """
+    kept = directory if (directory / replay.STEP).is_file() else directory / "replay"
+    before = replay.read(kept)
+    recipe = files.read(kept / replay.MODEL).recipe(Pretrain)
+    if root is not None:
+        recipe = replace(recipe, data=replace(recipe.data, root=root))
+    images = find_images(recipe.data.root, "train", recipe.data.list)
+    objective = build(recipe)
+    device = choose_device(device_name)
+    set_numerics(device, getattr(torch, before.precision), deterministic=recipe.loop.deterministic)
+
+    def batches(rank: int) -> Iterator[Batch]:
+        world = World(rank, len(before.losses), device)
+        return _batches(recipe, images, objective, world, None, before.step, before.micro_batch)
+
+    return before, replay.again(objective, kept, batches, device), images
+
+
 def config_of(recipe: Any) -> dict[str, Any]:
     """A recipe as JSON-able values."""
     return {name: _plain(value) for name, value in asdict(recipe).items()}
@@ -127,9 +191,10 @@ def _plain(value: Any) -> Any:
 
 def _batches(
     recipe: Pretrain,
-    images: ImageList,
+    images: Images,
     objective: PixelObjective,
     world: World,
+    bad: BadFiles | None,
     start_step: int,
     device_batch: int,
 ) -> Iterator[Batch]:
@@ -145,30 +210,35 @@ def _batches(
         world_size=world.size,
         start_step=start_step,
         device=world.device,
+        on_bad=None if bad is None else partial(_replaced, bad),
     )
 
 
-def _pictured(recipe: Pretrain, images: ImageList) -> Tensor:
+def _replaced(bad: BadFiles, error: BadImageError) -> None:
+    bad.met(error.path, error.reason, replaced=True)
+
+
+def _pictured(recipe: Pretrain, images: Images) -> Tensor:
     """A few images to look at, of the validation split where there is one: ``uint8 [n, 3, S, S]``."""
     with contextlib.suppress(UserError):
         images = find_images(recipe.data.root, "val")
     pixels: list[Tensor] = []
     for i in torch.linspace(0, len(images) - 1, min(NUM_PICTURED, len(images))).long().tolist():
-        with contextlib.suppress(BadImageError):
-            pixels.append(center_crop(load_image(images.path(i)), recipe.model.backbone.image_size))
+        with contextlib.suppress(BadImageError), images.open(i) as picture:
+            pixels.append(center_crop(picture.decode(), recipe.model.backbone.image_size))
     return torch.stack(pixels) if pixels else torch.empty(0)
 
 
-def _pictures(recipe: Pretrain, images: ImageList, objective: PixelObjective, world: World) -> EpochEnd:
+def _pictures(recipe: Pretrain, images: Images, objective: PixelObjective, world: World) -> EpochEnd:
     """Original, masked, reconstruction and the pyramid's maps of the same images and masks every time."""
-    every = recipe.loop.picture_every if world.is_main else 0
-    pixels = _pictured(recipe, images) if every else torch.empty(0)
+    pixels = _pictured(recipe, images) if recipe.loop.picture_every else torch.empty(0)
 
     def draw(epoch: int, step: int) -> dict[str, Image]:
+        # Every rank draws: where they share out the weights, none can do without the others.
         generator = torch.Generator().manual_seed(recipe.loop.seed)
         return {"reconstruction": picture_of(objective, pixels.to(world.device), generator)}
 
-    return EpochEnd(every if len(pixels) else 0, draw)
+    return EpochEnd(recipe.loop.picture_every if len(pixels) else 0, draw)
 
 
 def picture_of(
@@ -190,7 +260,9 @@ def picture_of(
     )
 
 
-def _knn(recipe: Pretrain, images: ImageList, objective: PixelObjective, world: World) -> EpochEnd:
+def _knn(
+    recipe: Pretrain, images: Images, objective: PixelObjective, world: World, bad: BadFiles
+) -> EpochEnd:
     """k-NN on the mean of stage 3's tokens; the folders are checked now, before hours of training."""
     if not recipe.knn.every:
         return EpochEnd(0, lambda epoch, step: {})
@@ -215,6 +287,7 @@ def _knn(recipe: Pretrain, images: ImageList, objective: PixelObjective, world: 
             rank=world.rank,
             world_size=world.size,
             workers=recipe.data.workers,
+            on_bad=lambda error: bad.met(error.path, error.reason, replaced=False),
         )
 
     return EpochEnd(recipe.knn.every, evaluate)
@@ -222,9 +295,15 @@ def _knn(recipe: Pretrain, images: ImageList, objective: PixelObjective, world: 
 
 def _finish(recipe: Pretrain, objective: PixelObjective, run: Run, step: int) -> None:
     """What the run leaves behind: weights to fine-tune from, and its curves."""
+    path = run.directory / "pretrained.safetensors"
     tensors = {n: t for n, t in files.portable(objective).items() if n.startswith(files.MODEL_PARTS)}
-    files.save(run.directory / "pretrained.safetensors", tensors, config_of(recipe))
+    try:
+        files.save(path, tensors, config_of(recipe))
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write {path} ({error}); make room and give the same command again"
+        ) from error
     loss_curves({recipe.name: [run.directory / "metrics.jsonl"]}, run.pictures / "curves.png")
     run.finish(step)
-    run.say(f"finished: {run.directory / 'pretrained.safetensors'} holds backbone and pyramid")
+    run.say(f"finished: {path} holds backbone and pyramid")
     run.say(f"look first at {run.pictures}: the newest reconstruction, and curves.png")

@@ -1,15 +1,17 @@
 """`itpn reconstruct RUN IMAGES…`: what a model fills in where images are masked, as a picture."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
+from torch import Tensor
 
 from itpn.commands.arguments import parse
 from itpn.data.images import find_images
-from itpn.data.picture import load_image
+from itpn.data.picture import Picture, open_picture
 from itpn.data.transforms import center_crop
 from itpn.engine.distributed import DeviceName, choose_device
 from itpn.errors import UserError
@@ -40,24 +42,32 @@ def run(arguments: list[str]) -> None:
     options = parse(Reconstruct, arguments, "itpn reconstruct")
     device = choose_device(options.device)
     objective = load_objective(options.run, mask_ratio=options.mask_ratio).to(device)
-    paths = [path for given in options.images for path in _images(given, options.num)]
-    if not paths:
+    pictures = [picture for given in options.images for picture in _pictures(given, options.num)]
+    if not pictures:
         raise UserError("itpn reconstruct: name one or more images, or a folder of images, after the run")
     size = objective.model.backbone.config.image_size
-    pixels = torch.stack([center_crop(load_image(path), size) for path in paths]).to(device)
+    pixels = torch.stack([_pixels(opened, size) for _, opened in pictures]).to(device)
     generator = torch.Generator().manual_seed(options.seed)
-    picture = picture_of(objective, pixels, generator, [path.name for path in paths])
+    picture = picture_of(objective, pixels, generator, [name for name, _ in pictures])
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         picture.save(options.out)
     except (OSError, ValueError) as error:  # ValueError: an ending that no picture format has
         raise UserError(f"cannot write {options.out} ({error}): name another picture with --out") from error
-    print(f"{options.out}: {len(paths)} images, {objective.num_kept} of {objective.num_units} units visible")
+    print(
+        f"{options.out}: {len(pictures)} images, {objective.num_kept} of {objective.num_units} units visible"
+    )
 
 
-def _images(given: Path, num: int) -> list[Path]:
+def _pictures(given: Path, num: int) -> list[tuple[str, AbstractContextManager[Picture]]]:
+    """Names and pictures yet to be opened."""
     if not given.is_dir():
-        return [given]
+        return [(given.name, open_picture(given))]
     found = find_images(given, "val" if (given / "val").is_dir() else "train")
     chosen = torch.linspace(0, len(found) - 1, min(num, len(found))).long().tolist()
-    return [found.path(i) for i in chosen]
+    return [(found.name(i).name, found.open(i)) for i in chosen]
+
+
+def _pixels(opened: AbstractContextManager[Picture], size: int) -> Tensor:
+    with opened as picture:
+        return center_crop(picture.decode(), size)

@@ -1,73 +1,71 @@
 """Finding the images of a data set on disk."""
 
 import os
+import stat
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from itpn.data.picture import BadImageError, Picture, open_picture
+from itpn.data.randomness import permutation
+from itpn.data.shards import COMPRESSED, archives_in, find_sharded
+from itpn.data.source import MAX_BYTES, SUFFIXES, Images, Names
 from itpn.errors import UserError
 
 Split = Literal["train", "val"]
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
-
-
-class Names:
-    """Millions of file names in one array of bytes, which forked workers share without copying."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self._ends = np.fromiter(accumulate(map(len, encoded)), dtype=np.int64, count=len(encoded))
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> str:
-        index = range(len(self))[index]
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ImageList:
-    """The images of one split, in a fixed order.
+class ImageList(Images):
+    """Images that are files of their own; their classes are folders.
 
     Attributes:
         root: The folder that `names` are relative to.
-        labels: Class ids, long [n], or None where the images do not lie in class folders.
-        class_names: The class folders, sorted; None exactly where `labels` is.
-        description: One line to print: how many images, and where they were found.
     """
 
     root: Path
-    names: Names
-    labels: Tensor | None
-    class_names: tuple[str, ...] | None
-    description: str
-
-    def __len__(self) -> int:
-        return len(self.names)
 
     def path(self, index: int) -> Path:
         return self.root / self.names[index]
 
+    def name(self, index: int) -> Path:
+        return self.path(index)
 
-def find_images(root: Path, split: Split = "train", list_file: Path | None = None) -> ImageList:
+    def open(self, index: int) -> AbstractContextManager[Picture]:
+        return open_picture(self.path(index))
+
+    def read(self, index: int) -> bytes:
+        path = self.path(index)
+        try:
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("not a regular file")
+            if status.st_size > MAX_BYTES:
+                raise ValueError(f"{status.st_size:,} bytes are more than the limit of {MAX_BYTES:,}")
+            return path.read_bytes()
+        except (OSError, ValueError) as error:
+            raise BadImageError(path, str(error)) from error
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        return permutation(seed, epoch, len(self))
+
+
+def find_images(root: Path, split: Split = "train", list_file: Path | None = None) -> Images:
     """The images of a split below `root`, sorted by path, or those that `list_file` names, in its order.
 
     ROOT/train (or val) is used where it exists, else ROOT/ILSVRC/Data/CLS-LOC/train, else, for training,
-    ROOT itself; each is searched recursively. The first folder level below is the class, if every image lies
-    in such a folder and there are at least two.
+    ROOT itself. If that folder holds tar files, they are the shards that the images are in. Otherwise it is
+    searched recursively; the first folder level below is the class, if every image lies in such a folder and
+    there are at least two.
 
     Raises:
-        UserError: A folder is missing, is a file or holds no image; a listed file is missing.
+        UserError: A folder is missing, is a file or holds no image; a listed file is missing; a shard is
+            damaged or lies beside images.
     """
     try:
         return _listed_images(list_file, root) if list_file else _images_below(root, split)
@@ -75,26 +73,38 @@ def find_images(root: Path, split: Split = "train", list_file: Path | None = Non
         raise UserError(f"cannot read {error.filename}: {error.strerror}; check its permissions") from error
 
 
-def _images_below(root: Path, split: Split) -> ImageList:
+def _images_below(root: Path, split: Split) -> Images:
     if not root.exists():
         raise UserError(f"the data folder {root} does not exist; name the folder of images with --data.root")
     if not root.is_dir():
         raise UserError(f"{root} is a file; --data.root takes a folder, --data.list a list of paths")
-    folder = _split_folder(root, split)
+    folder = split_folder(root, split) or (root if split == "train" else None)
+    if folder is None:
+        raise UserError(f"{root} has no folder {split!r}; add it or name another root to evaluate on")
+    tars, compressed = archives_in(folder, (".tar",)), archives_in(folder, COMPRESSED)
+    if tars and not compressed and next(_walk(folder), None) is None:
+        return find_sharded(folder, tars)
     names = sorted(_walk(folder))
+    if tars and names:
+        raise UserError(
+            f"{folder} holds both tar shards ({tars[0].name}) and images ({names[0]}); "
+            "move one kind elsewhere, or name the images with --data.list"
+        )
+    if compressed and not names:
+        raise UserError(
+            f"{compressed[0]} is compressed; unpack it to a plain .tar, where an image can be read at its "
+            "place, and remove the compressed file"
+        )
     if not names:
         found = "is empty" if not any(folder.iterdir()) else "holds no image"
         raise UserError(f"the data folder {folder} {found}; looked below it for {' '.join(sorted(SUFFIXES))}")
     return _image_list(folder, names, [name.split("/")[:-1] for name in names], f"under {folder}")
 
 
-def _split_folder(root: Path, split: Split) -> Path:
-    for folder in (root / split, root / "ILSVRC/Data/CLS-LOC" / split):
-        if folder.is_dir():
-            return folder
-    if split != "train":
-        raise UserError(f"{root} has no folder {split!r}; add it or name another root to evaluate on")
-    return root
+def split_folder(root: Path, split: Split) -> Path | None:
+    """The folder made for a split, if there is one."""
+    folders = (root / split, root / "ILSVRC/Data/CLS-LOC" / split)
+    return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def _walk(root: Path) -> Iterator[str]:

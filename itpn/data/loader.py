@@ -1,6 +1,6 @@
 """Batches for training and evaluation.
 
-Position p of an epoch is the p-th image of that epoch's permutation; each step takes the next `batch_size`
+Position p of an epoch is the p-th image in that epoch's order; each step takes the next `batch_size`
 positions, split over micro-steps and ranks. So which images a step sees depends on the global batch alone.
 """
 
@@ -16,9 +16,9 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from itpn.data.images import ImageList
-from itpn.data.picture import BadImageError, load_image, open_picture
-from itpn.data.randomness import generator, permutation, replacement
+from itpn.data.picture import BadImageError
+from itpn.data.randomness import generator, replacement
+from itpn.data.source import Images
 from itpn.data.transforms import center_crop, random_resized_crop_flip
 from itpn.errors import UserError
 
@@ -41,6 +41,8 @@ class DataConfig:
     """Smallest share of an image's area that a random crop covers."""
     flip: float = 0.5
     """Probability of mirroring an image."""
+    max_bad_share: float = 0.05
+    """Share of the training images so far that may be unreadable, and are replaced; more stop the run."""
     workers: int | None = None
     """Processes that load images, per rank; None: what suits the machine, 0: load in the training process."""
 
@@ -49,6 +51,8 @@ class DataConfig:
             raise UserError(f"data.min_scale is {self.min_scale}; it is a share of the area, in (0, 1]")
         if not 0 <= self.flip <= 1:
             raise UserError(f"data.flip is {self.flip}; it is a probability, in [0, 1]")
+        if not 0 <= self.max_bad_share <= 1:
+            raise UserError(f"data.max_bad_share is {self.max_bad_share}; it is a share, in [0, 1]")
         if self.workers is not None and self.workers < 0:
             raise UserError(f"data.workers is {self.workers}; it is a number of processes, 0 or more")
 
@@ -64,7 +68,7 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
 
 
 def train_loader(
-    images: ImageList,
+    images: Images,
     config: DataConfig,
     *,
     image_size: int,
@@ -80,8 +84,8 @@ def train_loader(
 ) -> Iterator[Batch]:
     """Micro-batches of one rank from step `start_step` on, without end.
 
-    An unreadable image is replaced by another one, the same in every run. `on_bad` hears of each, once; by
-    default it is named on stderr.
+    An unreadable image is replaced by another one, the same in every run. `on_bad` hears of it each time, with
+    the batch that it was meant for; by default it is named on stderr.
 
     Args:
         draw: What else is random about a sample: generator -> tensors, stacked into the batch. Picklable.
@@ -92,14 +96,14 @@ def train_loader(
         images uint8 [b, 3, S, S], index and epoch long [b], and the drawn tensors [b, …]. `index` is that of
         the image shown, so a replaced one has its replacement's.
     """
-    order = MicroBatches(len(images), seed, batch_size, micro_batch, rank, world_size, start_step)
+    order = MicroBatches(images, seed, batch_size, micro_batch, rank, world_size, start_step)
     samples = TrainSamples(images, config, image_size, draw, seed)
     loader = _data_loader(samples, order, config.workers, device)
     return _reporting(loader, images, on_bad or _name_on_stderr)
 
 
 def eval_loader(
-    images: ImageList,
+    images: Images,
     *,
     image_size: int,
     batch_size: int,
@@ -126,7 +130,7 @@ class MicroBatches(Sampler[list[tuple[int, int]]]):
 
     def __init__(
         self,
-        num_images: int,
+        images: Images,
         seed: int,
         batch_size: int,
         micro_batch: int,
@@ -134,17 +138,17 @@ class MicroBatches(Sampler[list[tuple[int, int]]]):
         world_size: int = 1,
         start_step: int = 0,
     ) -> None:
-        self.steps = steps_per_epoch(num_images, batch_size)
+        self.steps = steps_per_epoch(len(images), batch_size)
         if batch_size % (micro_batch * world_size):
             raise ValueError(f"{batch_size=} is not a multiple of {micro_batch=} times {world_size=}")
-        self.num_images, self.seed, self.start_step = num_images, seed, start_step
+        self.images, self.seed, self.start_step = images, seed, start_step
         self.batch_size, self.micro_batch = batch_size, micro_batch
         self.first, self.stride = rank * micro_batch, world_size * micro_batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, step = divmod(self.start_step, self.steps)
         while True:
-            order = permutation(self.seed, epoch, self.num_images)
+            order = self.images.order(self.seed, epoch)
             for start in range(step * self.batch_size, self.steps * self.batch_size, self.batch_size):
                 for offset in range(start + self.first, start + self.batch_size, self.stride):
                     yield [(epoch, index) for index in order[offset : offset + self.micro_batch].tolist()]
@@ -157,7 +161,7 @@ class TrainSamples(Dataset[Loaded]):
     The batch is None when too many images in a row could not be read.
     """
 
-    def __init__(self, images: ImageList, config: DataConfig, image_size: int, draw: Draw, seed: int) -> None:
+    def __init__(self, images: Images, config: DataConfig, image_size: int, draw: Draw, seed: int) -> None:
         self.images, self.config, self.image_size = images, config, image_size
         self.draw, self.seed = draw, seed
 
@@ -185,7 +189,7 @@ class TrainSamples(Dataset[Loaded]):
         return None
 
     def _pixels(self, epoch: int, index: int, shown: int) -> Tensor:
-        with open_picture(self.images.path(shown)) as picture:
+        with self.images.open(shown) as picture:
             return random_resized_crop_flip(
                 picture,
                 self.image_size,
@@ -198,7 +202,7 @@ class TrainSamples(Dataset[Loaded]):
 class EvalSamples(Dataset[Loaded]):
     """Maps the indices of a batch to the batch and what could not be read."""
 
-    def __init__(self, images: ImageList, image_size: int) -> None:
+    def __init__(self, images: Images, image_size: int) -> None:
         self.images, self.image_size = images, image_size
 
     def __getitem__(self, indices: Sequence[int]) -> Loaded:
@@ -208,7 +212,8 @@ class EvalSamples(Dataset[Loaded]):
         bad: BadImages = []
         for row, i in enumerate(indices):
             try:
-                pixels[row] = center_crop(load_image(self.images.path(i)), self.image_size)
+                with self.images.open(i) as picture:
+                    pixels[row] = center_crop(picture.decode(), self.image_size)
             except BadImageError as error:
                 bad.append((i, error.reason))
                 labels[row] = -1
@@ -244,16 +249,13 @@ def _leave_interrupts_to_the_parent(_worker: int) -> None:
 
 
 def _reporting(
-    loader: DataLoader[Loaded], images: ImageList, on_bad: Callable[[BadImageError], None]
+    loader: DataLoader[Loaded], images: Images, on_bad: Callable[[BadImageError], None]
 ) -> Iterator[Batch]:
-    heard: set[int] = set()
     for batch, bad in loader:
         for index, reason in bad:
-            if index not in heard:
-                heard.add(index)
-                on_bad(BadImageError(images.path(index), reason))
+            on_bad(BadImageError(images.name(index), reason))
         if batch is None:
-            first = BadImageError(images.path(bad[0][0]), bad[0][1])
+            first = BadImageError(images.name(bad[0][0]), bad[0][1])
             raise UserError(f"{len(bad)} images in a row cannot be read, the first is {first}")
         yield batch
 

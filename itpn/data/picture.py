@@ -1,5 +1,6 @@
 """Reading one image, whatever is in the file."""
 
+import io
 import math
 import os
 import stat
@@ -10,13 +11,21 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
+from itpn.data.resample import Span, resized, whole_pixels
 from itpn.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+JPEGS = ("JPEG", "MPO")
 MAX_PIXELS = 1 << 27
 """The largest image that is decoded: 134 million pixels, 0.4 GB as RGB."""
+
+MAX_JPEG_BYTES = 1 << 28
+"""Longer ones are left to Pillow, which does not read them into memory."""
 
 _ORIENTATION = 0x0112
 # What makes an image of this EXIF orientation upright. ImageOps.exif_transpose also copies upright images and
@@ -30,6 +39,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# The same as two flips of the raw image, then one across its diagonal.
+_MIRRORED = (2, 3, 7, 8)
+_UPSIDE_DOWN = (3, 4, 6, 7)
 _SIDEWAYS = (5, 6, 7, 8)
 
 Box = tuple[int, int, int, int]
@@ -55,13 +67,13 @@ class Picture:
     """
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
-        self._path = path
+        self._path, self._file = path, file
         with _blame(path):
             self._image: Image.Image = Image.open(file, formats=FORMATS)
             width, height = self._image.size
             if width * height > MAX_PIXELS:
                 raise ValueError(f"{width:,} x {height:,} pixels are more than the limit of {MAX_PIXELS:,}")
-            if self._image.format not in ("JPEG", "MPO"):
+            if self._image.format not in JPEGS:
                 self._image.load()  # Pillow turns a TIFF upright only here
             self._orientation = _orientation(self._image)
         self._raw_size = self._image.size
@@ -72,34 +84,66 @@ class Picture:
         with _blame(self._path):
             return self._upright(_rgb(self._image))
 
-    def cut(self, box: Box, size: int) -> Image.Image:
-        """A box of the upright image as RGB of size x size pixels (bicubic); nothing outside the box is read.
+    def cut(self, box: Box, size: int) -> Tensor:
+        """A box of the upright image, bicubic and antialiased, as uint8 [3, size, size].
 
         A JPEG is decoded at a half, quarter or eighth if that leaves the box no smaller than the output.
         """
         with _blame(self._path):
             left, top, width, height = self._raw_box(box)
-            smallest = (
-                math.ceil(self._raw_size[0] * size / width),
-                math.ceil(self._raw_size[1] * size / height),
-            )
+            across, down = self._raw_size
+            smallest = math.ceil(across * size / width), math.ceil(down * size / height)
             drafted = self._image.draft(None, smallest)
-            factor = 1 if drafted is None else self._raw_size[0] / drafted[1][2]
-            corners = left / factor, top / factor, (left + width) / factor, (top + height) / factor
-            return self._upright(_resized(self._image, corners, size))
+            factor = 1 if drafted is None else across / drafted[1][2]
+            columns = whole_pixels(left / factor, (left + width) / factor, across / factor, size)
+            rows = whole_pixels(top / factor, (top + height) / factor, down / factor, size)
+            return self._upright_tensor(resized(self._part(columns, rows, factor), columns, rows, size))
+
+    def _part(self, columns: Span, rows: Span, factor: float) -> NDArray[np.uint8]:
+        """RGB [h, w, 3] of the raw image at 1 / factor."""
+        pixels = self._plain_jpeg(factor)
+        if pixels is None:
+            return np.array(_rgb(self._image.crop((columns.start, rows.start, columns.stop, rows.stop))))
+        return pixels[rows.start : rows.stop, columns.start : columns.stop]
+
+    def _plain_jpeg(self, factor: float) -> NDArray[np.uint8] | None:
+        """All of a JPEG at 1 / factor by simplejpeg, faster than Pillow; None if anything about it is odd.
+
+        Pillow then has the last word on the file.
+        """
+        if self._image.format not in JPEGS or self._image.mode not in ("RGB", "L"):
+            return None
+        width, height = self._image.size
+        scale = {"min_width": width, "min_height": height, "min_factor": factor}
+        self._file.seek(0)
+        data = self._file.read(MAX_JPEG_BYTES)
+        try:
+            # Its own reading of the header decides how much memory it takes.
+            if simplejpeg.decode_jpeg_header(data, **scale)[:2] != (height, width):
+                return None
+            return simplejpeg.decode_jpeg(data, **scale)
+        except ValueError:
+            return None
 
     def _upright(self, image: Image.Image) -> Image.Image:
         turn = _TURNS.get(self._orientation)
         return image if turn is None else image.transpose(turn)
+
+    def _upright_tensor(self, image: Tensor) -> Tensor:
+        flips = [
+            axis for axis, turned in ((-1, _MIRRORED), (-2, _UPSIDE_DOWN)) if self._orientation in turned
+        ]
+        image = image.flip(flips) if flips else image
+        return image.mT if self._orientation in _SIDEWAYS else image
 
     def _raw_box(self, box: Box) -> Box:
         """The box before the image was turned upright."""
         left, top, width, height = box
         if self._orientation in _SIDEWAYS:
             left, top, width, height = top, left, height, width
-        if self._orientation in (2, 3, 7, 8):
+        if self._orientation in _MIRRORED:
             left = self._raw_size[0] - left - width
-        if self._orientation in (3, 4, 6, 7):
+        if self._orientation in _UPSIDE_DOWN:
             top = self._raw_size[1] - top - height
         return left, top, width, height
 
@@ -116,6 +160,15 @@ def open_picture(path: Path) -> Iterator[Picture]:
         file = open(path, "rb")  # noqa: SIM115 (closed below; what the caller does is not the file's fault)
     with file:
         yield Picture(path, file)
+
+
+@contextmanager
+def open_bytes(data: bytes, name: Path) -> Iterator[Picture]:
+    """The same for what a file holds; `name` is what errors call it."""
+    if not data:
+        raise BadImageError(name, "the file is empty")
+    with io.BytesIO(data) as file:
+        yield Picture(name, file)
 
 
 def load_image(path: Path) -> Image.Image:
@@ -148,14 +201,6 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # broken EXIF in a sound image
         return 1
-
-
-def _resized(image: Image.Image, corners: tuple[float, float, float, float], size: int) -> Image.Image:
-    left, top = math.floor(corners[0]), math.floor(corners[1])
-    right, bottom = min(math.ceil(corners[2]), image.width), min(math.ceil(corners[3]), image.height)
-    inner = corners[0] - left, corners[1] - top, min(corners[2], right) - left, min(corners[3], bottom) - top
-    part = _rgb(image.crop((left, top, right, bottom)))
-    return part.resize((size, size), Image.Resampling.BICUBIC, box=inner)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -4,6 +4,8 @@ No state is carried from one draw to the next, so a sample's crop, flip and mask
 or rank loads it, and after any restart.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
 from zlib import crc32
 
 import numpy as np
@@ -24,6 +26,22 @@ def generator(seed: int, epoch: int, index: int, purpose: str) -> torch.Generato
 def permutation(seed: int, epoch: int, n: int) -> Tensor:
     """The order of one epoch: a permutation of n sample indices, long [n]."""
     return torch.randperm(n, generator=generator(seed, epoch, 0, "permutation"))
+
+
+def block_permutation(seed: int, epoch: int, shard_sizes: Sequence[int], shards_per_block: int) -> Tensor:
+    """The order of one epoch over samples that lie shard after shard: a permutation, long [sum of sizes].
+
+    The shards are permuted and taken `shards_per_block` at a time, the samples of such a block permuted.
+    """
+    ends = list(accumulate(shard_sizes))
+    spans = [torch.arange(end - size, end) for size, end in zip(shard_sizes, ends, strict=True)]
+    shards = torch.randperm(len(spans), generator=generator(seed, epoch, 0, "shards")).tolist()
+    blocks = []
+    for number, start in enumerate(range(0, len(shards), shards_per_block)):
+        block = torch.cat([spans[shard] for shard in shards[start : start + shards_per_block]])
+        draws = generator(seed, epoch, number, "block")
+        blocks.append(block[torch.randperm(len(block), generator=draws)])
+    return torch.cat(blocks)
 
 
 def replacement(seed: int, epoch: int, index: int, attempt: int, n: int) -> int:

@@ -21,8 +21,8 @@ def random_resized_crop_flip(
     """A random crop of `min_scale` to all of the area, bicubic, mirrored with probability `flip`."""
     box = random_crop_box(*picture.size, min_scale, generator)
     mirrored = float(torch.rand((), generator=generator)) < flip
-    tensor = to_tensor(picture.cut(box, size))
-    return tensor.flip(-1) if mirrored else tensor
+    pixels = picture.cut(box, size)
+    return pixels.flip(-1).contiguous() if mirrored else pixels.contiguous()
 
 
 def random_crop_box(width: int, height: int, min_scale: float, generator: Generator) -> Box:

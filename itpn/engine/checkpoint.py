@@ -3,7 +3,7 @@
 checkpoints/last                          the step to go on from, as text
 checkpoints/00012000/model.safetensors    state_dict() of the objective; the run's config in its metadata
 checkpoints/00012000/optimizer.safetensors
-checkpoints/00012000/state.json           step, config, format, hashes of the two files and of itself
+checkpoints/00012000/state.json           step, progress, config, format, hashes of all three
 """
 
 import hashlib
@@ -21,6 +21,8 @@ from torch import nn
 
 from itpn.errors import UserError
 
+Tensors = Mapping[str, torch.Tensor]
+
 FORMAT = 1
 MODEL, OPTIMIZER, STATE, LAST = "model.safetensors", "optimizer.safetensors", "state.json", "last"
 
@@ -29,37 +31,51 @@ class DamagedError(Exception):
     """A checkpoint that is not what was written."""
 
 
+def passed(point: str) -> None:
+    """Called after each fsync and each rename of a save. Does nothing: tests put in its place what kills."""
+
+
 def save(
     root: Path,
     step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    model: Tensors,
+    optimizer: Tensors,
     *,
     config: Mapping[str, Any],
-    scaler: Mapping[str, Any],
+    progress: Mapping[str, Any],
 ) -> Path:
-    """Written beside, fsynced, renamed; only then does `last` move."""
+    """Written beside, fsynced, renamed; only then does `last` move.
+
+    Args:
+        model: a state dict, from `model_tensors`.
+        optimizer: from `optimizer_tensors`.
+        progress: what else the run goes on from, as JSON-able values.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written; what was written so far is removed.
+    """
     directory, beside = root / f"{step:08d}", root / f".writing-{step:08d}"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         metadata = {"config": json.dumps(config)}  # one entry: the order of more is random in the file
-        save_file({name: _for_file(t) for name, t in model.state_dict().items()}, beside / MODEL, metadata)
-        save_file(optimizer_tensors(optimizer), beside / OPTIMIZER)
+        save_file(dict(model), beside / MODEL, metadata)
+        save_file(dict(optimizer), beside / OPTIMIZER)
         hashes = {name: _hash(beside / name) for name in (MODEL, OPTIMIZER)}
         state = {
             "format": FORMAT,
             "step": step,
-            "scaler": dict(scaler),
+            "progress": dict(progress),
             "hashes": hashes,
             "config": dict(config),
         }
         (beside / STATE).write_text(json.dumps({**state, "checksum": _checksum(state)}, indent=1))
-        for path in (*beside.iterdir(), beside):
+        for path in (*sorted(beside.iterdir()), beside):
             sync(path)
         # What stands there now is older than `last` allows: a damaged one, or one from before a step back.
         shutil.rmtree(directory, ignore_errors=True)
         beside.rename(directory)
+        passed(f"rename {directory.name}")
         sync(root)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -68,8 +84,8 @@ def save(
     return directory
 
 
-def latest(root: Path, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint that `last` names, or the newest whole one before it; None where there is none at all.
+def latest(root: Path, say: Callable[[str], None]) -> int | None:
+    """The step of the checkpoint that `last` names, or of the newest whole one before it; None without any.
 
     Raises:
         UserError: there are checkpoints, but none is whole.
@@ -82,20 +98,29 @@ def latest(root: Path, say: Callable[[str], None]) -> Path | None:
     for step in reversed([step for step in found if step <= newest]):
         directory = root / f"{step:08d}"
         try:
-            read_state(directory)
-            return directory
+            verify(directory)
+            return step
         except DamagedError as error:
             say(f"checkpoint {directory} is damaged ({error}): going back to the one before")
     raise UserError(f"no whole checkpoint is left in {root}: start a new run with another --run-dir")
 
 
-def read_state(directory: Path) -> dict[str, Any]:
-    """The verified state.json.
+def verify(directory: Path) -> None:
+    """Reads all of it once.
 
     Raises:
         DamagedError: a file is missing, cut short or changed.
         UserError: a later version wrote it.
     """
+    for name, expected in read_state(directory)["hashes"].items():
+        if not (directory / name).is_file():
+            raise DamagedError(f"{name} is missing")
+        if _hash(directory / name) != expected:
+            raise DamagedError(f"{name}: its hash differs")
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """The checked state.json; the same errors as `verify`."""
     try:
         state: dict[str, Any] = json.loads((directory / STATE).read_text())
         checksum = state.pop("checksum")
@@ -107,12 +132,12 @@ def read_state(directory: Path) -> dict[str, Any]:
         raise UserError(
             f"{directory} has format {state['format']}, this version reads up to {FORMAT}: update itpn"
         )
-    for name, expected in state["hashes"].items():
-        if not (directory / name).is_file():
-            raise DamagedError(f"{name} is missing")
-        if _hash(directory / name) != expected:
-            raise DamagedError(f"{name}: its hash differs")
     return state
+
+
+def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict as it is written."""
+    return {name: _for_file(tensor) for name, tensor in model.state_dict().items()}
 
 
 def load_model(directory: Path, model: nn.Module) -> None:
@@ -158,11 +183,14 @@ def load_optimizer(directory: Path, optimizer: torch.optim.Optimizer) -> None:
 
 
 def prune(root: Path, step: int, *, keep_last: int, keep_every: int | None) -> None:
-    """Deletes what is older than the last `keep_last` up to `step`, except every `keep_every` steps."""
+    """Deletes what is older than the last `keep_last` up to `step`, except every `keep_every` steps, and what
+    a process that was killed left unfinished."""
     before = [other for other in steps(root) if other <= step]
     for old in before[: -max(keep_last, 1)]:
         if not keep_every or old % keep_every:
             shutil.rmtree(root / f"{old:08d}", ignore_errors=True)
+    for unfinished in root.glob(".writing-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -171,6 +199,7 @@ def write_text(path: Path, text: str) -> None:
     beside.write_text(text)
     sync(beside)
     beside.replace(path)
+    passed(f"rename {path.name}")
     sync(path.parent)
 
 
@@ -180,6 +209,7 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    passed(f"fsync {path.name}")
 
 
 def steps(root: Path) -> list[int]:

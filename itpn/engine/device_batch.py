@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from itpn.engine.run import Run
+from itpn.engine.step import micro_step
 from itpn.errors import UserError
 
 Batch = dict[str, torch.Tensor]
@@ -41,7 +42,8 @@ def settle(
         share: images per rank and step, which the result divides.
     """
     device = run.world.device
-    noted = run.notes.get("device_batch", {}).get(device.type)
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    noted = run.notes.get("device_batch", {}).get(kind)
     run.world.wait()  # all have read the note before rank 0 writes it
     if given:
         size = given
@@ -54,7 +56,7 @@ def settle(
             if size == 1:
                 raise UserError("not even one image fits on the device: use a smaller model or image size")
             size = largest_divisor(share, size // 2)
-    run.note(device_batch={device.type: size})
+    run.note(device_batch={**run.notes.get("device_batch", {}), kind: size})
     return size
 
 
@@ -77,10 +79,7 @@ def step_fits(objective: nn.Module, batch: Batch, device: torch.device, precisio
         if device.type == "cuda":
             spare = torch.cuda.get_device_properties(device).total_memory // 20
             room.append(torch.empty(spare, dtype=torch.uint8, device=device))
-        inputs = {key: value.to(device) for key, value in batch.items()}
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            loss = objective(inputs)["loss"]
-        loss.backward()
+        micro_step(objective, {key: value.to(device) for key, value in batch.items()}, precision)
         return True
     except torch.OutOfMemoryError:
         return False

@@ -1,12 +1,13 @@
 """Ranks and devices. One process is a world of one; `torchrun` makes larger ones."""
 
+import json
 import os
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    control: dist.ProcessGroup | None = None
+    """What the ranks decide by, on their CPUs: a GPU need not wait for it. None: the only group there is."""
 
     @property
     def is_main(self) -> bool:
@@ -38,18 +41,29 @@ class World:
         dist.all_gather(rows, values)
         return torch.stack(rows).cpu().double()
 
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every rank's JSON-able value, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        (longest,) = self.largest(len(text))
+        padded = torch.full((int(longest),), ord(" "), dtype=torch.uint8)
+        padded[: len(text)] = text
+        rows = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(rows, padded, group=self.control)
+        return [json.loads(bytes(row.tolist())) for row in rows]
+
     def largest(self, *numbers: float) -> list[float]:
         """Each number's maximum over the ranks, so that all decide alike."""
         if self.size == 1:
             return list(numbers)
-        values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(values, dist.ReduceOp.MAX)
+        values = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.control)
         return [float(value) for value in values.tolist()]
 
     def wait(self) -> None:
         """Until every rank is here."""
-        if self.size > 1:
-            dist.barrier()
+        self.largest(0)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module that averages its gradients over the ranks."""
@@ -99,8 +113,10 @@ def join_world(device_name: DeviceName) -> Iterator[World]:
         # Naming the device lets NCCL connect at once, not in the middle of the first step.
         bound = device if device.type == "cuda" else None
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=bound)
+    on_gpus = size > 1 and device.type == "cuda"
+    control = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if on_gpus else None
     try:
-        yield World(rank, size, device)
+        yield World(rank, size, device, control)
         # Only here: after an error the other ranks may be inside an exchange, and this would wait for them.
         if size > 1:
             dist.destroy_process_group()

@@ -1,25 +1,27 @@
-"""What a run tells: metrics.jsonl, TensorBoard, and one live line (plain lines without a terminal)."""
+"""What a run tells: metrics.jsonl, speed.jsonl, TensorBoard, and one live line (plain without a terminal).
 
-import json
+metrics.jsonl holds what was learned, and is the same byte for byte however often the run was stopped;
+speed.jsonl holds what depends on the clock and the machine.
+"""
+
+import resource
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+import torch
 from PIL.Image import Image
 from rich.live import Live
 from rich.text import Text
 
-from itpn.engine.checkpoint import sync, write_text
+from itpn.engine.journal import Journal
 from itpn.engine.run import Run
-
-TIMING = ("images_per_s", "data_wait", "mfu")
-"""The fields of a line in metrics.jsonl that differ between two runs of the same config."""
 
 SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
@@ -31,23 +33,35 @@ class Log:
     """Model-FLOP utilisation per image/s; 0 where it is not known."""
 
     def __init__(
-        self, run: Run, start_step: int, num_steps: int, steps_per_epoch: int, batch_size: int, log_every: int
+        self, run: Run, num_steps: int, steps_per_epoch: int, batch_size: int, log_every: int
     ) -> None:
         self.run, self.num_steps, self.steps_per_epoch = run, num_steps, steps_per_epoch
         self.batch_size, self.log_every = batch_size, log_every
-        self.recent: deque[tuple[float, float]] = deque(
-            maxlen=50
-        )  # seconds of a step, of which waited for data
+        self.metrics = Journal(run.directory / "metrics.jsonl", run.say)
+        self.speed = Journal(run.directory / "speed.jsonl", run.say)
+        # Seconds of a step, of which waited for data.
+        self.recent: deque[tuple[float, float]] = deque(maxlen=50)
         self.stopwatch = time.perf_counter()
-        self.printed = 0.0
-        if run.world.is_main:
+        self.printed, self.complained = 0.0, False
+        self.live = Live(console=run.console, auto_refresh=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"metrics": self.metrics.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.metrics.load_state_dict(state["metrics"])
+        self.speed.size = sys.maxsize  # no two runs have the same speed: all of its lines stay
+
+    def begin(self, start_step: int) -> None:
+        """Goes on after `start_step`; what earlier attempts logged of later steps is dropped."""
+        self.stopwatch = time.perf_counter()
+        if self.run.world.is_main:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-            path = run.directory / "metrics.jsonl"
-            forget_after(path, start_step or -1)  # a new start evaluates at step 0 again
-            self.file = path.open("a")
-            self.board = SummaryWriter(run.directory / "tensorboard", purge_step=start_step + 1)
-            self.live = Live(console=run.console, auto_refresh=False)
+            self.metrics.begin()
+            self.speed.begin()
+            purge = start_step + 1 if start_step else 0
+            self.board = SummaryWriter(self.run.directory / "tensorboard", purge_step=purge)
 
     def __enter__(self) -> Self:
         if self.run.world.is_main and self.run.console.is_terminal:
@@ -57,8 +71,8 @@ class Log:
     def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
         if self.run.world.is_main:
             self.live.stop()
-            self.file.close()
-            self.board.close()
+            with self._accessory():
+                self.board.close()
 
     def step(self, step: int, values: Mapping[str, float], *, waited: float) -> None:
         """After the `step`-th step (counted from 1), which took the time since the call before."""
@@ -68,7 +82,10 @@ class Log:
         if not self.run.world.is_main:
             return
         if step == 1 or step == self.num_steps or step % self.log_every == 0:
-            self.write(step, {**values, **self._rates()})
+            self.write(step, values)
+            speed = {**self._rates(), **_memory()}
+            self.speed.add({"step": step, **speed})
+            self._to_board(step, speed)
         self._show(step, values, now)
 
     def write(self, step: int, values: Mapping[str, float | Image]) -> None:
@@ -77,21 +94,39 @@ class Log:
             return
         epoch = step / self.steps_per_epoch
         numbers = {name: value for name, value in values.items() if not isinstance(value, Image)}
-        for name, number in numbers.items():
-            self.board.add_scalar(name, number, step)
         if numbers:
-            self.file.write(json.dumps({"step": step, "epoch": epoch, **numbers}) + "\n")
-            self.file.flush()
+            self.metrics.add({"step": step, "epoch": epoch, **numbers})
         for name, value in values.items():
             if isinstance(value, Image):
-                value.save(self.run.pictures / f"{name}-{epoch:04.0f}.png")
-                self.board.add_image(name, np.asarray(value), step, dataformats="HWC")
+                with self._accessory():
+                    value.save(self.run.pictures / f"{name}-{epoch:04.0f}.png")
+        self._to_board(step, values)
+
+    def _to_board(self, step: int, values: Mapping[str, float | Image]) -> None:
+        with self._accessory():
+            for name, value in values.items():
+                if isinstance(value, Image):
+                    self.board.add_image(name, np.asarray(value), step, dataformats="HWC")
+                else:
+                    self.board.add_scalar(name, value, step)
+
+    @contextmanager
+    def _accessory(self) -> Iterator[None]:
+        """What training can do without: its failure is told and passed over."""
+        try:
+            yield
+        except OSError as error:
+            if not self.complained:
+                self.run.say(f"cannot write to {self.run.directory} ({error.strerror or error}): going on")
+            self.complained = True
 
     def sync(self) -> None:
         """Everything written is on the disk; called before a checkpoint that counts on it."""
         if self.run.world.is_main:
-            sync(self.run.directory / "metrics.jsonl")
-            self.board.flush()
+            with self._accessory():
+                self.metrics.sync()
+                self.speed.sync()
+                self.board.flush()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -138,15 +173,13 @@ class Log:
         )
 
 
-def forget_after(path: Path, step: int) -> None:
-    """Drops the lines of later steps, which will be taken again, and a last line that was cut short."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:
-            continue
-    write_text(path, "".join(kept))
+def _memory() -> dict[str, float]:
+    """Resident memory of this process now and at its peak, and a GPU's peak, in GB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    values = {"memory_peak_gb": peak / 1e9}
+    if sys.platform == "linux":
+        with open("/proc/self/statm") as file:
+            values["memory_gb"] = int(file.read().split()[1]) * resource.getpagesize() / 1e9
+    if torch.cuda.is_available():
+        values["gpu_memory_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return values

@@ -1,25 +1,29 @@
 """The training loop, in the order things happen. It trains any module: batch in, {"loss": …} out."""
 
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import NoReturn, Protocol, cast
 
 import torch
 from PIL.Image import Image
-from torch import nn
+from torch import Tensor, nn
 
-from itpn.engine import device_batch
-from itpn.engine.device_batch import Batches
+from itpn.engine import checkpoint, device_batch, replay
+from itpn.engine.bad_files import BadFiles
+from itpn.engine.device_batch import Batch, Batches
 from itpn.engine.distributed import DeviceName, exchange_gradients
-from itpn.engine.interruption import Interruption
+from itpn.engine.interruption import Interrupted, Interruption
 from itpn.engine.log import Log
 from itpn.engine.numerics import Precision, choose_precision, matmul_ceiling, seed_of, set_numerics
 from itpn.engine.optim import AdamWConfig, adamw
 from itpn.engine.run import Run
 from itpn.engine.saver import Saver
 from itpn.engine.schedule import CosineConfig, lr_at
+from itpn.engine.step import micro_step, out_of_memory
+from itpn.engine.watch import Watch
 from itpn.errors import UserError
 
 
@@ -37,8 +41,12 @@ class LoopConfig:
     """Of the forward pass; auto is bf16 (fp16 on older GPUs) on CUDA, fp32 elsewhere."""
     compile: bool = False
     """Compile each block with torch.compile."""
+    deterministic: bool = False
+    """Restarts repeat bit by bit on CUDA too, where it costs some speed; on a CPU they always do."""
     clip_grad: float | None = None
     """Largest norm of the whole gradient."""
+    skip_bad_steps: int = 0
+    """Steps in a row with a loss or gradient that is not finite to leave out before training stops."""
     seed: int = 0
     """Of everything random."""
     log_every: int = 10
@@ -55,6 +63,8 @@ class LoopConfig:
     """Epochs between pictures; 0: none."""
     run_dir: Path | None = None
     """Where the run is written, and resumed from. Default: runs/NAME."""
+    force: bool = False
+    """Go on with a run though the config or the images are not those that it began with."""
     max_steps: int | None = None
     """Stop after this step, with a checkpoint, as if interrupted."""
 
@@ -64,8 +74,8 @@ class LoopConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-        if self.picture_every < 0 or self.checkpoint_minutes < 0:
-            raise UserError("--picture-every and --checkpoint-minutes must be at least 0")
+        if min(self.picture_every, self.checkpoint_minutes, self.skip_bad_steps) < 0:
+            raise UserError("--picture-every, --checkpoint-minutes and --skip-bad-steps must be at least 0")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise UserError(
                 f"--clip-grad must be greater than 0, not {self.clip_grad}; leave it out not to clip"
@@ -98,6 +108,9 @@ class EpochEnd:
     call: Callable[[int, int], Mapping[str, float | Image]]
     """(epoch, step) that are done to named numbers and pictures, which are logged."""
 
+    def due(self, epoch: int, epochs: int) -> bool:
+        return self.every > 0 and (epoch % self.every == 0 or epoch == epochs)
+
 
 def train(
     objective: nn.Module,
@@ -108,12 +121,14 @@ def train(
     optim: AdamWConfig,
     schedule: CosineConfig,
     run: Run,
+    bad: BadFiles | None = None,
     at_epoch_end: Sequence[EpochEnd] = (),
 ) -> bool:
     """Trains `objective`, or goes on with it, up to the last step.
 
     Args:
         batches: (start_step, device_batch) -> this rank's endless micro-batches from that step, on the CPU.
+        bad: what the loaders tell of files that they cannot read.
 
     Returns:
         True once the last step is reached; False if `max_steps` came first.
@@ -122,132 +137,227 @@ def train(
         UserError: settings that do not go together; a checkpoint of another model; a loss that is not finite.
         SystemExit: after SIGINT (130) or SIGTERM (143), with a checkpoint.
     """
-    world, device = run.world, run.world.device
-    hooks = cast(Objective, objective)
-    num_steps = loop.epochs * steps_per_epoch
-    last_step = min(num_steps, loop.max_steps or num_steps)
-    peak_lr = optim.peak_lr(loop.batch_size)
-    schedule.warmup(loop.epochs)
-    device_batch.check_division(loop.batch_size, world.size, loop.device_batch)
-
-    precision = choose_precision(loop.precision, device)
-    set_numerics(device, precision)
-    objective.to(device).train()
-    optimizer = adamw(objective, optim)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-
-    saver = Saver(
-        objective,
-        optimizer,
-        scaler,
-        run,
-        every=loop.checkpoint_every and loop.checkpoint_every * steps_per_epoch,
-        minutes=loop.checkpoint_minutes,
-        keep_last=loop.keep_last,
-        keep_every=loop.keep_every and loop.keep_every * steps_per_epoch,
-    )
-
-    start_step = saver.resume()
-    if start_step >= last_step:
-        run.say(f"{run.directory} is at step {start_step} of {num_steps}: nothing left to train")
-        return start_step >= num_steps
-    run.begin()
-    share = loop.batch_size // world.size
-    micro_batch = device_batch.settle(
-        objective,
-        lambda size: next(batches(start_step, size)),
-        run,
-        share=share,
-        given=loop.device_batch,
-        precision=precision,
-    )
-    accumulation = share // micro_batch
-    if loop.compile:
-        for block in hooks.compile_blocks():
-            block.compile()
-    model = world.wrap(objective)
-    run.say(
-        f"{run.directory}: step {start_step} of {num_steps} ({loop.epochs} epochs) "
-        f"on {device.type} in {str(precision).removeprefix('torch.')}; batch {loop.batch_size} = "
-        f"{world.size} ranks x {micro_batch} images x {accumulation} micro-steps"
-    )
-    log = Log(run, start_step, num_steps, steps_per_epoch, loop.batch_size, loop.log_every)
-    if device.type == "cuda" and hasattr(hooks, "flops_per_image"):
-        log.mfu_per_rate = hooks.flops_per_image() / (world.size * matmul_ceiling(device, precision))
-
-    with log, Interruption() as interruption:
-        stream = batches(start_step, micro_batch)
-        if start_step == 0:
-            with log.paused():
-                evaluate(at_epoch_end, 0, 0, loop.epochs, log)
-                objective.train()
-        for step in range(start_step, last_step):
-            hooks.begin_step(step, num_steps)
-            lr = lr_at(step, schedule, peak=peak_lr, epochs=loop.epochs, steps_per_epoch=steps_per_epoch)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-
-            waited, parts = 0.0, []
-            for micro_step in range(accumulation):
-                asked = time.perf_counter()
-                batch = {key: value.to(device, non_blocking=True) for key, value in next(stream).items()}
-                waited += time.perf_counter() - asked
-                torch.manual_seed(seed_of(loop.seed, step, world.rank, micro_step))
-                with exchange_gradients(model, now=micro_step == accumulation - 1):
-                    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                        outputs = model(batch)
-                    scaler.scale(outputs["loss"] / accumulation).backward()
-                parts.append(torch.stack([value.detach().float() for value in outputs.values()]))
-
-            scaler.unscale_(optimizer)
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            values = mean_parts(list(outputs), world.gather(torch.stack(parts)), step + 1)
-            values |= {"lr": lr, "grad_norm": norm.item()}
-            if not norm.isfinite() and not scaler.is_enabled():  # an enabled scaler skips such a step itself
-                raise not_finite("the norm of the gradient", norm.item(), step + 1, "every rank")
-            if loop.clip_grad is not None:
-                nn.utils.clip_grads_with_norm_(parameters, loop.clip_grad, norm)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            hooks.end_step(step, num_steps)
-
-            done = step + 1
-            log.step(done, values, waited=waited)
-            with log.paused():
-                epoch, rest = divmod(done, steps_per_epoch)
-                if rest == 0:
-                    evaluate(at_epoch_end, epoch, done, loop.epochs, log)
-                    objective.train()
-                overdue, stop = world.largest(saver.overdue(), interruption.signal)
-                if overdue or stop or done == last_step or saver.due(done):
-                    log.sync()
-                    saver.save(done)
-            if stop:
-                run.say(f"stopped at step {done} of {num_steps}; the same command goes on from there")
-                raise SystemExit(128 + int(stop))
-    return last_step == num_steps
+    training = Training(objective, steps_per_epoch, loop, optim, schedule, run, bad or BadFiles(run))
+    return training.run(batches, at_epoch_end)
 
 
-def evaluate(tasks: Sequence[EpochEnd], epoch: int, step: int, epochs: int, log: Log) -> None:
-    # Not compiled: other precisions and sizes would use up what a block may be compiled for.
-    with torch.compiler.set_stance("force_eager"):
-        for task in tasks:
-            if task.every and (epoch % task.every == 0 or epoch == epochs):
-                log.write(step, task.call(epoch, step))
+class Training:
+    """What the steps of one run share. `run` tells the story."""
 
+    def __init__(
+        self,
+        objective: nn.Module,
+        steps_per_epoch: int,
+        loop: LoopConfig,
+        optim: AdamWConfig,
+        schedule: CosineConfig,
+        run: Run,
+        bad: BadFiles,
+    ) -> None:
+        world, device = run.world, run.world.device
+        schedule.warmup(loop.epochs)
+        device_batch.check_division(loop.batch_size, world.size, loop.device_batch)
+        self.objective, self.hooks = objective, cast(Objective, objective)
+        self.loop, self.schedule, self.place, self.world = loop, schedule, run, world
+        self.steps_per_epoch, self.num_steps = steps_per_epoch, loop.epochs * steps_per_epoch
+        self.last_step = min(self.num_steps, loop.max_steps or self.num_steps)
+        self.peak_lr = optim.peak_lr(loop.batch_size)
 
-def mean_parts(names: list[str], parts: torch.Tensor, step: int) -> dict[str, float]:
-    """Means of `parts` [ranks, micro-steps, names]; UserError where a rank's loss is not finite."""
-    for rank, losses in enumerate(parts[..., names.index("loss")]):
-        if not losses.isfinite().all():
-            raise not_finite("the loss", losses.sum().item(), step, f"rank {rank}")
-    return dict(zip(names, parts.mean(dim=(0, 1)).tolist(), strict=True))
+        self.precision = choose_precision(loop.precision, device)
+        set_numerics(device, self.precision, deterministic=loop.deterministic)
+        objective.to(device).train()
+        self.optimizer = adamw(objective, optim)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        self.log = Log(run, self.num_steps, steps_per_epoch, loop.batch_size, loop.log_every)
+        self.bad, self.watch = bad, Watch()
+        self.saver = Saver(
+            objective,
+            self.optimizer,
+            {"scaler": self.scaler, "log": self.log, "bad_files": bad, "watch": self.watch},
+            run,
+            every=loop.checkpoint_every and loop.checkpoint_every * steps_per_epoch,
+            minutes=loop.checkpoint_minutes,
+            keep_last=loop.keep_last,
+            keep_every=loop.keep_every and loop.keep_every * steps_per_epoch,
+        )
 
+    def run(self, batches: Batches, at_epoch_end: Sequence[EpochEnd]) -> bool:
+        step = self.saver.resume()
+        if self.last_step <= step < self.num_steps:
+            self.place.say(f"{self.place.directory} is at step {step} already: no step is left to take")
+            return False
+        self.place.begin()
+        micro_batch = self._settle(batches, step)
+        self.bad.begin()
+        self.log.begin(step)
+        with (
+            self.log,
+            Interruption("saving, then stopping ..." if self.world.is_main else "") as interruption,
+        ):
+            try:
+                self._evaluate(step, at_epoch_end, interruption)
+                stream = batches(step, micro_batch)
+                while step < self.last_step:
+                    self._step(step, stream, interruption)
+                    step += 1
+                    self._between_steps(step)
+                    self._evaluate(step, at_epoch_end, interruption)
+            except Interrupted:
+                self._stop(step, interruption.signal)
+        return step == self.num_steps
 
-def not_finite(what: str, value: float, step: int, where: str) -> UserError:
-    return UserError(
-        f"{what} is {value} at step {step} on {where}; the last checkpoint is from before. "
-        "Go on from there with a lower learning rate, --clip-grad 1, or --precision bf16 or fp32"
-    )
+    def _settle(self, batches: Batches, start_step: int) -> int:
+        """How the batch is cut up, said in one line; from here on the model is ready."""
+        loop, world = self.loop, self.world
+        share = loop.batch_size // world.size
+        micro_batch = device_batch.settle(
+            self.objective,
+            lambda size: next(batches(start_step, size)),
+            self.place,
+            share=share,
+            given=loop.device_batch,
+            precision=self.precision,
+        )
+        self.micro_batch, self.accumulation = micro_batch, share // micro_batch
+        if loop.compile:
+            for block in self.hooks.compile_blocks():
+                block.compile()
+        self.model = world.wrap(self.objective)
+        self.place.say(
+            f"{self.place.directory}: step {start_step} of {self.num_steps} ({loop.epochs} epochs) "
+            f"on {world.device.type} in {str(self.precision).removeprefix('torch.')}; "
+            f"batch {loop.batch_size} = {world.size} ranks x {micro_batch} images "
+            f"x {self.accumulation} micro-steps"
+        )
+        if world.device.type == "cuda" and hasattr(self.hooks, "flops_per_image"):
+            ceiling = world.size * matmul_ceiling(world.device, self.precision)
+            self.log.mfu_per_rate = self.hooks.flops_per_image() / ceiling
+        return micro_batch
+
+    def _step(self, step: int, stream: Iterator[Batch], interruption: Interruption) -> None:
+        """Forward and backward of every micro-batch, then the optimiser, then what the objective does."""
+        self.hooks.begin_step(step, self.num_steps)
+        lr = lr_at(
+            step,
+            self.schedule,
+            peak=self.peak_lr,
+            epochs=self.loop.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+        waited, parts, samples = 0.0, [], []
+        for i in range(self.accumulation):
+            (signal,) = self.world.largest(interruption.signal)
+            if signal:
+                interruption.signal = int(signal)  # perhaps only another rank heard it
+                raise Interrupted  # what this step has summed up so far will be summed up again
+            asked = time.perf_counter()
+            batch = next(stream)
+            waited += time.perf_counter() - asked
+            samples.append(replay.ids_of(batch))
+            torch.manual_seed(seed_of(self.loop.seed, step, self.world.rank, i))
+            with exchange_gradients(self.model, now=i == self.accumulation - 1):
+                outputs = self._micro_step(batch)
+            parts.append(torch.stack(list(outputs.values())))
+
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        by_rank = self.world.gather(torch.stack(parts))  # [ranks, micro-steps, names]
+        values = dict(zip(outputs, by_rank.mean(dim=(0, 1)).tolist(), strict=True))
+        values |= {"lr": lr, "grad_norm": norm.item()}
+        # An fp16 scaler leaves out a step whose gradient overflows by itself.
+        if math.isfinite(values["loss"]) and (self.scaler.is_enabled() or bool(norm.isfinite())):
+            if self.loop.clip_grad is not None:
+                nn.utils.clip_grads_with_norm_(self.parameters, self.loop.clip_grad, norm)
+            self.scaler.step(self.optimizer)
+            self.hooks.end_step(step, self.num_steps)
+            self.watch.num_skipped = 0
+            self.log.step(step + 1, values, waited=waited)
+            if outlier := self.watch.outlier(values["loss"]):
+                self.log.write(step + 1, outlier)
+                self.place.say(
+                    f"step {step + 1}: the loss {outlier['loss_outlier']:.4g} is far above "
+                    f"{outlier['loss_median']:.4g}, the median of the steps before"
+                )
+        else:
+            losses = by_rank[..., list(outputs).index("loss")].tolist()
+            self._leave_out(step, losses, values, samples)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _micro_step(self, batch: Batch) -> dict[str, Tensor]:
+        batch = {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in batch.items()}
+        try:
+            share = 1 / self.accumulation
+            return micro_step(self.model, batch, self.precision, share=share, scaler=self.scaler)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(self.micro_batch) from error
+
+    def _leave_out(
+        self, step: int, losses: list[list[float]], values: dict[str, float], samples: list[list[list[int]]]
+    ) -> None:
+        """Keeps a step that went wrong for `itpn replay`; an error if too many in a row did."""
+        bad = replay.BadStep(
+            step=step,
+            num_steps=self.num_steps,
+            seed=self.loop.seed,
+            precision=str(self.precision).removeprefix("torch."),
+            micro_batch=self.micro_batch,
+            losses=losses,
+            grad_norm=values["grad_norm"],
+            samples=self.world.gather_json(samples),
+        )
+        model = checkpoint.model_tensors(self.objective)
+        kept = self.place.directory / "replay"
+        if self.world.is_main:
+            replay.write(kept, bad, model, self.place.config)
+        self.watch.num_skipped += 1
+        if self.watch.num_skipped > self.loop.skip_bad_steps:
+            raise UserError(
+                f"{bad}; `itpn replay {kept}` takes the step again. The same command goes on from step "
+                f"{self.saver.last_step}: give it --skip-bad-steps 1; or, with --force, a lower learning "
+                "rate, --clip-grad 1, --precision bf16 or fp32"
+            )
+        self.place.say(f"{bad}: left out, kept in {kept}")
+        self.log.write(step + 1, {**values, "skipped": self.watch.num_skipped})
+
+    def _between_steps(self, step: int) -> None:
+        """What could not be read, and checkpoints."""
+        with self.log.paused():
+            overdue, num_fresh = self.world.largest(self.saver.overdue(), len(self.bad.fresh))
+            if num_fresh:
+                self.bad.share(step, step * self.loop.batch_size)
+            if overdue or step == self.last_step or self.saver.due(step):
+                self._save(step)
+
+    def _evaluate(self, step: int, tasks: Sequence[EpochEnd], interruption: Interruption) -> None:
+        """At the end of an epoch, after a checkpoint: one that is cut short is made again."""
+        epoch, rest = divmod(step, self.steps_per_epoch)
+        due = [task for task in tasks if rest == 0 and task.due(epoch, self.loop.epochs)]
+        if not due:
+            return
+        with self.log.paused():
+            if step:
+                self._save(step)
+            # Not compiled: other precisions and sizes would use up what a block may be compiled for.
+            with interruption.at_once(), torch.compiler.set_stance("force_eager"):
+                for task in due:
+                    self.log.write(step, task.call(epoch, step))
+            self.objective.train()
+            if self.world.largest(len(self.bad.fresh))[0]:
+                self.bad.share(step, step * self.loop.batch_size)
+
+    def _save(self, step: int) -> None:
+        self.log.sync()
+        self.saver.save(step)
+
+    def _stop(self, step: int, signal: int) -> NoReturn:
+        self._save(step)
+        self.place.say(
+            f"stopped at step {step} of {self.num_steps}; "
+            f"the same command goes on from step {self.saver.last_step}"
+        )
+        raise SystemExit(128 + signal)

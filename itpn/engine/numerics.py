@@ -1,6 +1,7 @@
 """Precision, determinism and the speed of a device."""
 
 import hashlib
+import os
 from typing import Literal
 
 import torch
@@ -23,9 +24,15 @@ def choose_precision(name: Precision, device: torch.device) -> torch.dtype:
             return torch.float32
 
 
-def set_numerics(device: torch.device, precision: torch.dtype) -> None:
-    """Deterministic algorithms on a CPU; on CUDA, TF32 for the little that autocast leaves in float32."""
-    if device.type == "cpu":
+def set_numerics(device: torch.device, precision: torch.dtype, *, deterministic: bool = False) -> None:
+    """Deterministic algorithms on a CPU; on CUDA, TF32 for the little that autocast leaves in float32.
+
+    Args:
+        deterministic: on CUDA too.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    if deterministic or device.type == "cpu":
         torch.use_deterministic_algorithms(True)
         # This only finds reads of unwritten memory, and costs a pass over every new tensor.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

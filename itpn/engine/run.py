@@ -1,32 +1,49 @@
-"""A run and its directory: config.json, run.json, metrics.jsonl, tensorboard/, pictures/, checkpoints/."""
+"""A run and its directory: config.json, run.json, *.jsonl, tensorboard/, pictures/, checkpoints/, replay/."""
 
+import fcntl
 import json
-from collections.abc import Iterator, Mapping
+import os
+import socket
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from itpn.engine import checkpoint
 from itpn.engine.checkpoint import write_text
 from itpn.engine.distributed import World
 from itpn.errors import UserError
 
 
 class Run:
-    """One training run. The same directory again goes on where it stopped.
+    """One training run. The same directory again goes on where it stopped; one process at a time may write.
 
-    `config` is the whole run as JSON-able values; how it differs from the one in the directory is said.
+    Args:
+        config: the whole run as JSON-able values.
+        free: dotted names of fields and groups of fields that may change while it lasts.
+        force: go on whatever else has changed.
 
     Raises:
-        UserError: the directory cannot be written.
+        UserError: the directory cannot be written, is in use, or began with another config.
     """
 
-    def __init__(self, directory: Path, config: Mapping[str, Any], world: World) -> None:
-        self.directory, self.world = directory, world
+    def __init__(
+        self,
+        directory: Path,
+        config: Mapping[str, Any],
+        world: World,
+        *,
+        free: Collection[str] = (),
+        force: bool = False,
+    ) -> None:
+        self.directory, self.world, self.force = directory, world, force
         self.config: dict[str, Any] = json.loads(json.dumps(config))
         self.console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not world.is_main)
         if world.is_main:
-            self._prepare()
+            before = self._prepare()
+            changes = list(differences(before, self.config))
+            self._accept(changes, [name for name, *_ in changes if not _is_within(name, free)])
 
     @property
     def checkpoints(self) -> Path:
@@ -66,28 +83,70 @@ class Run:
         if self.world.is_main:
             write_text(self.directory / "config.json", json.dumps(self.config, indent=1) + "\n")
 
-    def _prepare(self) -> None:
+    def pin(self, name: str, value: str) -> None:
+        """Something besides the config that must stay as the run found it at first, e.g. its images."""
+        before = self.notes.get(name, value)
+        self.world.wait()  # all have read the notes before rank 0 writes them
+        changed = [(name, before, value)] if before != value else []
+        self._accept(changed, [name for name, *_ in changed])
+        self.note(**{name: value})
+
+    def _accept(self, changes: list[tuple[str, Any, Any]], refused: list[str]) -> None:
+        """Shows what changed; an error if any of it may not, once there is training that it would spoil."""
+        for name, before, after in changes:
+            self.say(f"{self.directory} changes {name}: {before} -> {after}")
+        if refused and not self.force and checkpoint.steps(self.checkpoints):
+            raise UserError(
+                f"{self.directory} began with another {', '.join(refused)}: go on with what it began with, "
+                "name another --run-dir, or give --force to go on with the change"
+            )
+
+    def _prepare(self) -> Any:
+        """Makes the directory ours; the config that it holds."""
         path = self.directory / "config.json"
         try:
             self.pictures.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
+            self._lock()
             self.note()  # shows that files can be written
-            before = json.loads(path.read_text()) if path.is_file() else self.config
+            return json.loads(path.read_text()) if path.is_file() else self.config
         except OSError as error:
             raise UserError(
                 f"cannot write to the run directory {self.directory} ({error.strerror}): "
                 "name another with --run-dir"
             ) from error
-        except ValueError as error:
+        except json.JSONDecodeError as error:
             raise UserError(f"{self.directory} has a damaged config.json or run.json: delete it") from error
-        for line in differences(before, self.config):
-            self.say(f"the config of {self.directory} changes: {line}")
+
+    def _lock(self) -> None:
+        """Held until this process ends, however it ends."""
+        self.lock_file = (self.directory / "lock").open("a+")
+        try:
+            # A record lock, which forked data workers do not inherit: they may outlive a killed process.
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            self.lock_file.seek(0)
+            raise UserError(
+                f"{self.directory} is in use by {self.lock_file.read().strip() or 'another process'}: "
+                "wait until it ends, or name another --run-dir"
+            ) from error
+        except OSError as error:
+            self.say(
+                f"{self.directory} cannot be locked ({error.strerror}): see that no one else trains in it"
+            )
+        self.lock_file.truncate(0)
+        self.lock_file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self.lock_file.flush()
 
 
-def differences(before: Any, after: Any, name: str = "") -> Iterator[str]:
-    """`field: old -> new` for every leaf that differs."""
+def differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(field, before, after) for every leaf that differs."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in {**before, **after}:
             yield from differences(before.get(key), after.get(key), f"{name}.{key}" if name else key)
     elif before != after:
-        yield f"{name}: {before} -> {after}"
+        yield name, before, after
+
+
+def _is_within(name: str, groups: Collection[str]) -> bool:
+    return any(name == group or name.startswith(f"{group}.") for group in groups)

@@ -1,18 +1,31 @@
 """When a run's checkpoints are written, and how it goes on from one."""
 
 import time
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from itpn.engine import checkpoint
+from itpn.engine.checkpoint import DamagedError
 from itpn.engine.run import Run
+from itpn.errors import UserError
+
+
+class Stateful(Protocol):
+    """What a run goes on from besides weights and optimiser, as JSON-able values, the same on all ranks."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Saver:
     """Rank 0 writes; every rank reads.
 
     Args:
+        progress: by its name in state.json.
         every: steps between checkpoints; None: `minutes` decides.
         keep_last: checkpoints to keep.
         keep_every: steps between checkpoints that are kept for good.
@@ -22,7 +35,7 @@ class Saver:
         self,
         objective: nn.Module,
         optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
+        progress: Mapping[str, Stateful],
         run: Run,
         *,
         every: int | None,
@@ -30,21 +43,30 @@ class Saver:
         keep_last: int,
         keep_every: int | None,
     ) -> None:
-        self.objective, self.optimizer, self.scaler, self.run = objective, optimizer, scaler, run
+        self.objective, self.optimizer, self.progress, self.run = objective, optimizer, progress, run
         self.every, self.minutes, self.keep_last, self.keep_every = every, minutes, keep_last, keep_every
-        self.last_time = time.monotonic()
+        self.last_time, self.last_step = time.monotonic(), 0
 
     def resume(self) -> int:
         """Loads the newest whole checkpoint, which rank 0 finds and checks; the step to go on from."""
         found = checkpoint.latest(self.run.checkpoints, self.run.say) if self.run.world.is_main else None
-        (step,) = self.run.world.largest(int(found.name) if found else 0)
+        step = int(self.run.world.largest(found or 0)[0])
         if step:
-            directory = self.run.checkpoints / f"{int(step):08d}"
+            directory = self.run.checkpoints / f"{step:08d}"
+            try:
+                progress = checkpoint.read_state(directory)["progress"]
+            except DamagedError as error:
+                raise UserError(
+                    f"rank {self.run.world.rank} cannot read {directory} ({error}): "
+                    "all nodes need the run directory on a file system that they share"
+                ) from error
             checkpoint.load_model(directory, self.objective)
             checkpoint.load_optimizer(directory, self.optimizer)
-            if state := checkpoint.read_state(directory)["scaler"]:
-                self.scaler.load_state_dict(state)
-        return int(step)
+            for name, part in self.progress.items():
+                if state := progress.get(name):  # a scaler that is off has none
+                    part.load_state_dict(state)
+        self.last_step = step
+        return step
 
     def due(self, step: int) -> bool:
         return any(every and step % every == 0 for every in (self.every, self.keep_every))
@@ -54,9 +76,26 @@ class Saver:
         return self.every is None and time.monotonic() - self.last_time > 60 * self.minutes
 
     def save(self, step: int) -> None:
+        """On every rank. A full disk does not end the training: the checkpoints before stay as they are."""
+        if step == self.last_step:
+            return
+        failed = False
+        model = checkpoint.model_tensors(self.objective)
+        optimizer = checkpoint.optimizer_tensors(self.optimizer)
         if self.run.world.is_main:
-            root, scaler = self.run.checkpoints, self.scaler.state_dict()
-            checkpoint.save(root, step, self.objective, self.optimizer, config=self.run.config, scaler=scaler)
-            checkpoint.prune(root, step, keep_last=self.keep_last, keep_every=self.keep_every)
-        self.run.world.wait()  # torchrun ends all ranks once one has left, also one that still writes
+            root = self.run.checkpoints
+            progress = {name: part.state_dict() for name, part in self.progress.items()}
+            try:
+                checkpoint.save(root, step, model, optimizer, config=self.run.config, progress=progress)
+                checkpoint.prune(root, step, keep_last=self.keep_last, keep_every=self.keep_every)
+            except (OSError, SafetensorError) as error:
+                failed = True
+                newest = f"step {self.last_step}'s" if self.last_step else "none"
+                self.run.say(
+                    f"could not write the checkpoint of step {step} ({error}); the newest is {newest}. "
+                    f"Training goes on: make room in {root}"
+                )
+        # All wait for it: torchrun ends all ranks once one has left, also one that still writes.
+        if not self.run.world.largest(failed)[0]:
+            self.last_step = step
         self.last_time = time.monotonic()

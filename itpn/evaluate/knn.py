@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from itpn.data.images import ImageList
 from itpn.data.loader import Batch, eval_loader
+from itpn.data.picture import BadImageError
+from itpn.data.source import Images
 from itpn.errors import UserError
 
 FeaturesFn = Callable[[Tensor], Tensor]
@@ -42,26 +43,26 @@ class KnnConfig:
             raise UserError("knn.k, knn.batch_size and knn.temperature must be positive, knn.every 0 or more")
 
 
-def check_labels(train: ImageList, val: ImageList) -> int:
+def check_labels(train: Images, val: Images) -> int:
     """The number of classes, once the two splits agree on them."""
     for images in (train, val):
         if images.class_names is None:
             raise UserError(
                 f"k-NN needs labels, but found {images.description}; put each image in a folder of its class"
             )
-    ours, theirs = set(train.class_names or ()), set(val.class_names or ())
+    ours, theirs = train.class_names or (), val.class_names or ()
     if ours != theirs:
         raise UserError(
-            "k-NN needs the same class folders in train and val; "
-            f"only in train: {_some(ours - theirs)}; only in val: {_some(theirs - ours)}"
+            "k-NN needs the same classes in train and val, in the same order; "
+            f"only in train: {_some(set(ours) - set(theirs))}; only in val: {_some(set(theirs) - set(ours))}"
         )
     return len(ours)
 
 
 def knn(
     features_fn: FeaturesFn,
-    train: ImageList,
-    val: ImageList,
+    train: Images,
+    val: Images,
     config: KnnConfig,
     *,
     image_size: int,
@@ -69,6 +70,7 @@ def knn(
     rank: int = 0,
     world_size: int = 1,
     workers: int | None = None,
+    on_bad: Callable[[BadImageError], None] | None = None,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy on `val`, each in 0..1, each image counted once; the same on every rank.
 
@@ -78,7 +80,7 @@ def knn(
     if min(len(train), len(val)) < world_size:
         raise UserError(f"k-NN on {world_size} ranks needs as many images in each split; use fewer ranks")
 
-    def features_of(images: ImageList) -> tuple[Tensor, Tensor]:
+    def features_of(images: Images) -> tuple[Tensor, Tensor]:
         batches = eval_loader(
             images,
             image_size=image_size,
@@ -87,6 +89,7 @@ def knn(
             world_size=world_size,
             workers=workers,
             device=device,
+            on_bad=on_bad,
         )
         return extract(features_fn, batches, device)
 

@@ -47,10 +47,17 @@ class Weights:
 
     def part(self, name: str, kind: type[T]) -> T:
         """A part of the config as its dataclass, e.g. ``part("model", ModelConfig)``."""
+        if name not in self.config:
+            raise UserError(f"{self.path}: its config has no {name!r}; it was not written by itpn")
+        return self._structure(self.config[name], kind, name)
+
+    def recipe(self, kind: type[T]) -> T:
+        """The whole config as the recipe's dataclass."""
+        return self._structure(self.config, kind, "recipe")
+
+    def _structure(self, values: Any, kind: type[T], name: str) -> T:
         try:
-            return _converter.structure(self.config[name], kind)
-        except KeyError as error:
-            raise UserError(f"{self.path}: its config has no {error}; it was not written by itpn") from error
+            return _converter.structure(values, kind)
         except BaseValidationError as error:
             reasons = "; ".join(cattrs.transform_error(error))
             raise UserError(

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from itpn.data.images import Names, find_images
+from itpn.data.images import find_images
+from itpn.data.source import Names
 from itpn.errors import UserError
 
 

@@ -20,7 +20,15 @@ def trained(seed: int = 0, width: int = 3) -> tuple[nn.Module, torch.optim.AdamW
 
 
 def save(root: Path, step: int, seed: int = 0) -> Path:
-    return checkpoint.save(root, step, *trained(seed), config={"name": "x"}, scaler={})
+    model, optimizer = trained(seed)
+    return checkpoint.save(
+        root,
+        step,
+        checkpoint.model_tensors(model),
+        checkpoint.optimizer_tensors(optimizer),
+        config={"name": "x"},
+        progress={"losses": [0.5]},
+    )
 
 
 def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
@@ -34,7 +42,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[i][key], expected[i][key]) for i in loaded for key in expected[i])
     state = checkpoint.read_state(directory)
-    assert (state["step"], state["config"]) == (7, {"name": "x"})
+    assert (state["step"], state["config"], state["progress"]) == (7, {"name": "x"}, {"losses": [0.5]})
 
 
 def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -60,12 +68,12 @@ def cut_short(path: Path) -> None:
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_short, Path.unlink])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 def test_damage_is_named_and_the_one_before_is_used(tmp_path: Path, damage, name: str) -> None:
-    before, newest = save(tmp_path, 1), save(tmp_path, 2)
+    newest = [save(tmp_path, step) for step in (1, 2)][-1]
     said: list[str] = []
-    assert checkpoint.latest(tmp_path, said.append) == newest
+    assert checkpoint.latest(tmp_path, said.append) == 2
     assert not said
     damage(newest / name)
-    assert checkpoint.latest(tmp_path, said.append) == before
+    assert checkpoint.latest(tmp_path, said.append) == 1
     assert len(said) == 1 and "00000002" in said[0] and name in said[0]
 
 
@@ -77,16 +85,17 @@ def test_nothing_whole_is_left(tmp_path: Path) -> None:
 
 def test_last_decides_and_can_be_set_back(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path, print) is None
-    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    save(tmp_path, 1)
+    save(tmp_path, 2)
     (tmp_path / "last").write_text("00000001\n")
-    assert checkpoint.latest(tmp_path, print) == first
+    assert checkpoint.latest(tmp_path, print) == 1
     (tmp_path / "last").unlink()
-    assert checkpoint.latest(tmp_path, print) == second
+    assert checkpoint.latest(tmp_path, print) == 2
 
 
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_save_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch, step: int) -> None:
-    whole = save(tmp_path, 1)
+    save(tmp_path, 1)
 
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
@@ -94,14 +103,14 @@ def test_a_save_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch, step:
     monkeypatch.setattr(checkpoint, "sync", full)
     with pytest.raises(OSError, match="No space"):
         save(tmp_path, step, seed=1)
-    assert checkpoint.latest(tmp_path, pytest.fail) == whole
+    assert checkpoint.latest(tmp_path, pytest.fail) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000001", "last"]
 
 
 def test_a_save_that_was_killed_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
-    whole = save(tmp_path, 1)
+    save(tmp_path, 1)
     (tmp_path / ".writing-00000002").mkdir()
-    assert checkpoint.latest(tmp_path, pytest.fail) == whole
+    assert checkpoint.latest(tmp_path, pytest.fail) == 1
     assert save(tmp_path, 2).is_dir()
     assert not (tmp_path / ".writing-00000002").exists()
 

@@ -51,6 +51,7 @@ def test_halved_until_it_fits_and_then_fixed(tmp_path: Path, monkeypatch) -> Non
         return tried[-1] <= 100
 
     monkeypatch.setattr(device_batch, "step_fits", fits)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     assert settle(run, 1000) == 50
     assert tried == [500, 250, 125, 50]
     assert settle(run, 1000) == 50

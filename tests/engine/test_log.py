@@ -5,14 +5,22 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from itpn.engine.distributed import World
-from itpn.engine.log import Log, forget_after
+from itpn.engine.log import Log
 from itpn.engine.run import Run
 
 
-def written(run: Run, start: int, end: int, offset: float = 0.0) -> None:
-    with Log(run, start, num_steps=6, steps_per_epoch=2, batch_size=8, log_every=2) as log:
+def written(run: Run, start: int, end: int, offset: float = 0.0, state: dict | None = None) -> dict:
+    """Logs steps; the state that a checkpoint at step 3 would keep."""
+    log = Log(run, num_steps=6, steps_per_epoch=2, batch_size=8, log_every=2)
+    if state:
+        log.load_state_dict(state)
+    log.begin(start)
+    with log:
         for step in range(start + 1, end + 1):
             log.step(step, {"loss": step + offset}, waited=0.0)
+            if step == 3:
+                state = log.state_dict()
+    return state
 
 
 def test_the_first_the_last_and_every_nth_step(tmp_path: Path) -> None:
@@ -22,13 +30,16 @@ def test_the_first_the_last_and_every_nth_step(tmp_path: Path) -> None:
     assert [(line["step"], line["epoch"], line["loss"]) for line in lines] == [
         (1, 0.5, 1.0), (2, 1.0, 2.0), (4, 2.0, 4.0), (6, 3.0, 6.0)
     ]  # fmt: skip
-    assert all(line["images_per_s"] > 0 and line["data_wait"] == 0 for line in lines)
+    speed = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in speed] == [1, 2, 4, 6]
+    assert all(line["images_per_s"] > 0 and line["data_wait"] == 0 for line in speed)
+    assert all(0 < line["memory_gb"] <= line["memory_peak_gb"] for line in speed)
 
 
 def test_going_back_forgets_later_steps(tmp_path: Path) -> None:
     run = Run(tmp_path, {}, World(0, 1, torch.device("cpu")))
-    written(run, 0, 5)
-    written(run, 3, 6, offset=0.5)
+    state = written(run, 0, 5)
+    written(run, 3, 6, offset=0.5, state=state)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (4, 4.5), (6, 6.5)]
     board = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -41,11 +52,13 @@ def test_going_back_forgets_later_steps(tmp_path: Path) -> None:
     ]
 
 
-def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2, "lo')
-    forget_after(path, 5)
-    assert path.read_text() == '{"step": 1}\n'
+def test_numbers_that_json_does_not_know(tmp_path: Path) -> None:
+    run = Run(tmp_path, {}, World(0, 1, torch.device("cpu")))
+    log = Log(run, num_steps=6, steps_per_epoch=2, batch_size=8, log_every=2)
+    log.begin(0)
+    log.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "lr": 0.5})
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert line == '{"step": 1, "epoch": 0.5, "loss": null, "grad_norm": null, "lr": 0.5}\n'
 
 
 def test_plain_lines_without_a_terminal(tmp_path: Path, capsys) -> None:

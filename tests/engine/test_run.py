@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,44 @@ def test_a_changed_config_is_said_field_by_field(tmp_path: Path, capsys) -> None
     Run(tmp_path, {"loop": {"epochs": 3, "seed": 0}, "name": "x"}, WORLD).begin()
     assert capsys.readouterr().out == ""
     Run(tmp_path, {"loop": {"epochs": 4, "seed": 0}, "name": "x"}, WORLD)
-    assert capsys.readouterr().out == f"the config of {tmp_path} changes: loop.epochs: 3 -> 4\n"
+    assert capsys.readouterr().out == f"{tmp_path} changes loop.epochs: 3 -> 4\n"
+
+
+def test_a_changed_config_is_refused_once_there_is_a_checkpoint(tmp_path: Path) -> None:
+    before = {"loop": {"epochs": 3, "device": "cpu"}, "knn": {"every": 0}}
+    after = {"loop": {"epochs": 4, "device": "mps"}, "knn": {"every": 1}}
+    Run(tmp_path, before, WORLD).begin()
+    Run(tmp_path, after, WORLD)
+    (tmp_path / "checkpoints/00000001").mkdir()
+    free = ("loop.device", "knn")
+    with pytest.raises(UserError, match=r"began with another loop\.epochs: .*--run-dir.*--force"):
+        Run(tmp_path, after, WORLD, free=free)
+    Run(tmp_path, {**after, "loop": {"epochs": 3, "device": "mps"}}, WORLD, free=free)
+    Run(tmp_path, after, WORLD, free=free, force=True)
+
+
+def test_what_is_pinned_may_not_change(tmp_path: Path) -> None:
+    Run(tmp_path, {}, WORLD).pin("images", "a")
+    (tmp_path / "checkpoints/00000001").mkdir()
+    Run(tmp_path, {}, WORLD).pin("images", "a")
+    with pytest.raises(UserError, match="began with another images"):
+        Run(tmp_path, {}, WORLD).pin("images", "b")
+    Run(tmp_path, {}, WORLD, force=True).pin("images", "b")
+
+
+def test_a_directory_in_use_is_refused_until_its_process_ends(tmp_path: Path) -> None:
+    program = (
+        "import sys, time, torch; from pathlib import Path; from itpn.engine.run import Run; "
+        "from itpn.engine.distributed import World; "
+        "run = Run(Path(sys.argv[1]), {}, World(0, 1, torch.device('cpu'))); print('ready', flush=True); "
+        "time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "ready\n"
+        with pytest.raises(UserError, match=rf"is in use by process {other.pid} on .*--run-dir"):
+            Run(tmp_path, {}, WORLD)
+        other.kill()
+    Run(tmp_path, {}, WORLD)
 
 
 def test_a_finished_run_says_so(tmp_path: Path) -> None:

@@ -1,0 +1,66 @@
+"""`itpn replay RUN`: takes the step again at which a run's loss or gradient was not finite."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from itpn.commands.arguments import parse
+from itpn.engine.distributed import DeviceName
+from itpn.engine.replay import BadStep
+from itpn.tasks import replay_step
+
+NUM_NAMED = 8
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Take the step again at which a run's loss or gradient was not finite, from the weights before it."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run's directory, or the replay/ in it."""
+    root: Path | None = None
+    """Where the images are, if they have moved since."""
+    device: DeviceName = "auto"
+    """Where to compute; the same values come out on the kind that the run was on."""
+
+
+def run(arguments: list[str]) -> None:
+    options = parse(Replay, arguments, "itpn replay")
+    before, now, images = replay_step(options.run, options.device, options.root)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{before}. Taken again, in {before.precision}, {before.micro_batch} images at once:")
+    console.print(_table(before, now))
+    if before.samples[0][0] and before.samples != now.samples:
+        console.print("The images are not the same as then: their list has changed.")
+    rank, i = _worst(before)
+    names = [str(images.name(index)) for _, index in before.samples[rank][i][:NUM_NAMED]]
+    if names:
+        console.print(f"Images of rank {rank}, micro-step {i}: {', '.join(names)}, …", markup=False)
+    if repr(before.losses) != repr(now.losses):
+        console.print("The losses differ from those of the run: another kind of device, or other images.")
+        raise SystemExit(1)
+
+
+def _table(before: BadStep, now: BadStep) -> Table:
+    table = Table("rank", "micro-step", "loss then", "loss now", "images")
+    for rank, losses in enumerate(before.losses):
+        for i, loss in enumerate(losses):
+            count = len(before.samples[rank][i])
+            table.add_row(str(rank), str(i), repr(loss), repr(now.losses[rank][i]), str(count))
+    table.add_section()
+    table.add_row("gradient", "norm", repr(before.grad_norm), repr(now.grad_norm))
+    return table
+
+
+def _worst(bad: BadStep) -> tuple[int, int]:
+    """Rank and micro-step of the first loss that is not finite, or of the largest."""
+    places = [(rank, i) for rank, losses in enumerate(bad.losses) for i in range(len(losses))]
+    return max(places, key=lambda place: _badness(bad.losses[place[0]][place[1]]))
+
+
+def _badness(loss: float) -> float:
+    return loss if loss == loss else float("inf")

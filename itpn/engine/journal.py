@@ -1,0 +1,60 @@
+"""Files of JSON lines that grow with a run: metrics.jsonl, speed.jsonl, bad_images.jsonl."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from itpn.engine.checkpoint import sync
+
+
+class Journal:
+    """Appends lines. A checkpoint keeps the size, and a resumed run drops what was written after it.
+
+    Lines that cannot be written, on a full disk, are kept and tried again with the next.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self.path, self.say = path, say
+        self.size, self.waiting = 0, b""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"size": self.size}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.size = state["size"]
+
+    def begin(self) -> None:
+        """Drops the lines of steps that will be taken again."""
+        self.path.touch()
+        self.size = min(self.size, self.path.stat().st_size)
+        os.truncate(self.path, self.size)
+
+    def add(self, values: Mapping[str, Any]) -> None:
+        """One line; numbers that are not finite, which JSON does not know, become null."""
+        plain = {name: None if _not_finite(value) else value for name, value in values.items()}
+        line = json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
+        had_waiting = bool(self.waiting)
+        self.waiting += line.encode(errors="backslashreplace")
+        try:
+            self._write()
+        except OSError as error:
+            if not had_waiting:
+                self.say(f"cannot write {self.path} ({error.strerror}): keeping its lines, training goes on")
+
+    def sync(self) -> None:
+        """What could be written is on the disk."""
+        sync(self.path)
+
+    def _write(self) -> None:
+        with self.path.open("ab", buffering=0) as file:
+            while self.waiting:
+                written = file.write(self.waiting)
+                self.size += written
+                self.waiting = self.waiting[written:]
+
+
+def _not_finite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
