@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from itpn import __version__
-from itpn.errors import UserError
+from itpn.errors import UserError, printable
 
 COMMANDS = {
     "train": ("itpn.commands.train", "pre-train as a config says; the same command again resumes"),
@@ -19,6 +19,8 @@ COMMANDS = {
         "itpn.commands.shard",
         "write images as tar shards, for disks and networks that prefer few files",
     ),
+    "check-data": ("itpn.commands.check_data", "find the images that cannot be read, before training does"),
+    "bench": ("itpn.commands.bench", "how fast training and loading are, and whether memory is kept"),
     "demo": ("itpn.commands.demo", "pre-train a nano model on the sample and show what it learned"),
 }
 
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case _:
                 importlib.import_module(module_of(name)).run(rest)
     except UserError as error:
-        print(f"itpn: {error}", file=sys.stderr)
+        print(f"itpn: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("itpn: interrupted", file=sys.stderr)

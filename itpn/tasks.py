@@ -47,6 +47,7 @@ FREE = (
         for name in (
             "device",
             "device_batch",
+            "strategy",
             "log_every",
             "checkpoint_every",
             "checkpoint_minutes",
@@ -103,7 +104,7 @@ def pretrain(recipe: Pretrain) -> Path:
                 _knn(recipe, images, objective, world, bad),
             ],
         )
-        if finished and world.is_main:
+        if finished:
             _finish(recipe, objective, run, recipe.loop.epochs * steps)
         return run.directory
 
@@ -234,7 +235,6 @@ def _pictures(recipe: Pretrain, images: Images, objective: PixelObjective, world
     pixels = _pictured(recipe, images) if recipe.loop.picture_every else torch.empty(0)
 
     def draw(epoch: int, step: int) -> dict[str, Image]:
-        # Every rank draws: where they share out the weights, none can do without the others.
         generator = torch.Generator().manual_seed(recipe.loop.seed)
         return {"reconstruction": picture_of(objective, pixels.to(world.device), generator)}
 
@@ -296,7 +296,10 @@ def _knn(
 def _finish(recipe: Pretrain, objective: PixelObjective, run: Run, step: int) -> None:
     """What the run leaves behind: weights to fine-tune from, and its curves."""
     path = run.directory / "pretrained.safetensors"
-    tensors = {n: t for n, t in files.portable(objective).items() if n.startswith(files.MODEL_PARTS)}
+    portable = files.portable(objective, keep=run.world.is_main)
+    tensors = {name: tensor for name, tensor in portable.items() if name.startswith(files.MODEL_PARTS)}
+    if not run.world.is_main:
+        return
     try:
         files.save(path, tensors, config_of(recipe))
     except (OSError, SafetensorError) as error:

@@ -56,7 +56,8 @@ def run(images, tmp_path_factory):
 
 
 def test_a_run_leaves_what_it_promises(run):
-    promised = "config.json run.json metrics.jsonl tensorboard pictures checkpoints pretrained.safetensors"
+    journals = "metrics.jsonl speed.jsonl"
+    promised = f"config.json run.json {journals} tensorboard pictures checkpoints pretrained.safetensors lock"
     assert {path.name for path in run.iterdir()} == set(promised.split())
     pictures = sorted(path.name for path in (run / "pictures").iterdir())
     assert pictures == ["curves.png", *(f"reconstruction-000{epoch}.png" for epoch in range(3))]

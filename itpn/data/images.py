@@ -1,8 +1,8 @@
 """Finding the images of a data set on disk."""
 
+import errno
 import os
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from itpn.data.picture import BadImageError, Picture, open_picture
+from itpn.data.picture import Picture, open_picture, read_file
 from itpn.data.randomness import permutation
 from itpn.data.shards import COMPRESSED, archives_in, find_sharded
-from itpn.data.source import MAX_BYTES, SUFFIXES, Images, Names
+from itpn.data.source import SUFFIXES, Images, Names
 from itpn.errors import UserError
 
 Split = Literal["train", "val"]
@@ -40,16 +40,7 @@ class ImageList(Images):
         return open_picture(self.path(index))
 
     def read(self, index: int) -> bytes:
-        path = self.path(index)
-        try:
-            status = os.stat(path)
-            if not stat.S_ISREG(status.st_mode):
-                raise ValueError("not a regular file")
-            if status.st_size > MAX_BYTES:
-                raise ValueError(f"{status.st_size:,} bytes are more than the limit of {MAX_BYTES:,}")
-            return path.read_bytes()
-        except (OSError, ValueError) as error:
-            raise BadImageError(path, str(error)) from error
+        return read_file(self.path(index))
 
     def order(self, seed: int, epoch: int) -> Tensor:
         return permutation(seed, epoch, len(self))
@@ -119,7 +110,7 @@ def _walk(root: Path) -> Iterator[str]:
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(root / folder) as entries:
             visible = [entry for entry in sorted(entries, key=_name) if entry.name[0] != "."]
-        folders += [f"{folder}{entry.name}/" for entry in reversed(visible) if entry.is_dir()]
+        folders += [f"{folder}{entry.name}/" for entry in reversed(visible) if _leads_to(entry.is_dir)]
         yield from (f"{folder}{entry.name}" for entry in visible if _is_image(entry))
 
 
@@ -128,7 +119,16 @@ def _name(entry: os.DirEntry[str]) -> str:
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    return os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file()
+    return os.path.splitext(entry.name)[1].lower() in SUFFIXES and _leads_to(entry.is_file)
+
+
+def _leads_to(kind: Callable[[], bool]) -> bool:
+    try:
+        return kind()
+    except OSError as error:  # a link to itself leads nowhere, as one to a missing file does
+        if error.errno == errno.ELOOP:
+            return False
+        raise
 
 
 def _listed_images(list_file: Path, root: Path) -> ImageList:

@@ -20,7 +20,7 @@ from itpn.data.picture import BadImageError
 from itpn.data.randomness import generator, replacement
 from itpn.data.source import Images
 from itpn.data.transforms import center_crop, random_resized_crop_flip
-from itpn.errors import UserError
+from itpn.errors import UserError, printable
 
 Batch = dict[str, Tensor]
 Draw = Callable[[Generator], Batch]
@@ -261,4 +261,4 @@ def _reporting(
 
 
 def _name_on_stderr(bad: BadImageError) -> None:
-    print(f"unreadable image left out: {bad.path}: {bad.reason}", file=sys.stderr)
+    print(f"unreadable image left out: {printable(bad.path)}: {bad.reason}", file=sys.stderr)

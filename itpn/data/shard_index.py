@@ -11,11 +11,10 @@ from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from itpn.data.progress import watched
 from itpn.data.source import SUFFIXES, Names
 from itpn.data.tar import BadTarError, Member, members
 
@@ -72,10 +71,7 @@ def _shard(path: Path) -> Shard:
 def _build(folder: Path, shards: tuple[Shard, ...]) -> Index:
     names: list[str] = []
     parts, num_left_out = [np.empty((0, 4), np.int64)], 0
-    quiet = os.environ.get("RANK", "0") != "0"  # one bar is enough where every rank reads
-    numbered = list(enumerate(shards))
-    bar = track(numbered, f"indexing {folder}", console=Console(stderr=True), transient=True, disable=quiet)
-    for number, shard in bar:
+    for number, shard in watched(list(enumerate(shards)), f"indexing {folder}"):
         found, left_out = _scan(folder / shard.name)
         names += [name for name, *_ in found]
         parts.append(np.array([(number, *row) for _, *row in found], np.int64).reshape(-1, 4))

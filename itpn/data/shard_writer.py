@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from rich.console import Console
-from rich.progress import track
-
 from itpn.data.picture import BadImageError, open_bytes
+from itpn.data.progress import watched
 from itpn.data.randomness import permutation
 from itpn.data.shard_index import read_index
 from itpn.data.shards import CLASSES
@@ -51,7 +49,7 @@ def write_shards(images: Images, folder: Path, prefix: str, size: ShardSize, *, 
         _write_classes(images.class_names, folder / CLASSES)
     shards, bad = _Shards(folder, prefix, size), []
     order = permutation(seed, 0, len(images)).tolist()
-    for i in track(order, f"writing {prefix}", console=Console(stderr=True), transient=True):
+    for i in watched(order, f"writing {prefix}"):
         try:
             data = images.read(i)
             with open_bytes(data, images.name(i)):

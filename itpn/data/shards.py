@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from itpn.data.picture import BadImageError, Picture, open_bytes
+from itpn.data.picture import MAX_BYTES, BadImageError, Picture, open_bytes
 from itpn.data.randomness import block_permutation
 from itpn.data.shard_index import FILE, Index, Shard, read_index
-from itpn.data.source import MAX_BYTES, Images
+from itpn.data.source import Images
 from itpn.errors import UserError
 
 SHARDS_PER_BLOCK = 8
@@ -94,8 +94,8 @@ def _open_shard(folder: Path, shard: Shard) -> _OpenShard:
 def archives_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """The visible files of a folder with one of these endings, sorted by name."""
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_file())
-    return [folder / name for name in names if name.lower().endswith(suffixes)]
+        names = sorted(entry.name for entry in entries if entry.name.lower().endswith(suffixes))
+    return [folder / name for name in names if name[0] != "." and os.path.isfile(folder / name)]
 
 
 def find_sharded(folder: Path, tars: Sequence[Path]) -> ShardedImages:

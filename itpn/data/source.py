@@ -17,8 +17,6 @@ from torch import Tensor
 from itpn.data.picture import Picture
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
-MAX_BYTES = 1 << 29
-"""The largest file that is read into memory at once."""
 
 
 class Names:

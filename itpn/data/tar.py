@@ -123,9 +123,9 @@ class _Walk:
         while start < len(content) and content[start]:
             digits = content[start : start + 8].partition(b" ")[0]
             end = start + int(digits) if digits.isdigit() else 0
-            key, equals, value = content[start + len(digits) + 1 : end - 1].partition(b"=")
-            if not equals or end > len(content) or content[end - 1] != ord("\n"):
+            if not start < end <= len(content) or content[end - 1] != ord("\n"):
                 raise self._bad("a damaged pax header")
+            key, _, value = content[start + len(digits) + 1 : end - 1].partition(b"=")
             if key.startswith(b"GNU.sparse."):
                 raise self._bad("a sparse file, which is not stored as one piece")
             records[key], start = value, end

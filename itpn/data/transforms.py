@@ -22,7 +22,7 @@ def random_resized_crop_flip(
     box = random_crop_box(*picture.size, min_scale, generator)
     mirrored = float(torch.rand((), generator=generator)) < flip
     pixels = picture.cut(box, size)
-    return pixels.flip(-1).contiguous() if mirrored else pixels.contiguous()
+    return pixels.flip(-1) if mirrored else pixels
 
 
 def random_crop_box(width: int, height: int, min_scale: float, generator: Generator) -> Box:

@@ -38,8 +38,9 @@ class BadFiles:
     def begin(self) -> None:
         if self.run.world.is_main:
             self.journal.begin()
-            lines = self.journal.path.read_text(encoding="utf-8").splitlines()
-            self.named = {json.loads(line)["file"] for line in lines}
+            if self.journal.path.exists():
+                lines = self.journal.path.read_text(encoding="utf-8").splitlines()
+                self.named = {json.loads(line)["file"] for line in lines}
 
     def met(self, path: Path, reason: str, *, replaced: bool) -> None:
         """By a loader of this rank, for a training sample that was replaced, or in an evaluation."""

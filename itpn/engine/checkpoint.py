@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
+from itpn.engine.distributed import copy_share, whole_tensors
 from itpn.errors import UserError
 
 Tensors = Mapping[str, torch.Tensor]
@@ -135,50 +136,60 @@ def read_state(directory: Path) -> dict[str, Any]:
     return state
 
 
-def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict as it is written."""
-    return {name: _for_file(tensor) for name, tensor in model.state_dict().items()}
+def model_tensors(model: nn.Module, *, keep: bool = True) -> dict[str, torch.Tensor]:
+    """The state dict as it is written; every rank must ask, and those that do not `keep` it get nothing."""
+    return whole_tensors(model.state_dict(), keep=keep)
 
 
 def load_model(directory: Path, model: nn.Module) -> None:
     """Strict: names and shapes must be the same, or UserError names the first that are not."""
-    here = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    here = {name: list(tensor.shape) for name, tensor in state.items()}
     with safe_open(directory / MODEL, framework="pt") as file:
         there = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
-    differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
-    if differing:
-        shapes = "; ".join(
-            f"{name} is {there.get(name, 'missing')} there, {here.get(name, 'missing')} here"
-            for name in differing[:3]
-        )
-        raise UserError(
-            f"{directory} holds another model ({len(differing)} tensors differ: {shapes}): "
-            "train the model it was made with, or give this one its own --run-dir"
-        )
-    model.load_state_dict(load_file(directory / MODEL))
+        differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+        if differing:
+            shapes = "; ".join(
+                f"{name} is {there.get(name, 'missing')} there, {here.get(name, 'missing')} here"
+                for name in differing[:3]
+            )
+            raise UserError(
+                f"{directory} holds another model ({len(differing)} tensors differ: {shapes}): "
+                "train the model it was made with, or give this one its own --run-dir"
+            )
+        for name, tensor in state.items():
+            copy_share(tensor, file.get_tensor(name))
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's state by parameter: `NAME.exp_avg` and so on."""
-    return {
-        f"{name}.{key}": _for_file(value)
+def optimizer_tensors(optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, torch.Tensor]:
+    """The optimiser's state by parameter: `NAME.exp_avg` and so on; every rank must ask."""
+    state = {
+        f"{name}.{key}": value
         for name, parameter in _named(optimizer).items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
+    return whole_tensors(state, keep=keep)
 
 
 def load_optimizer(directory: Path, optimizer: torch.optim.Optimizer) -> None:
     """Rates and decays stay this run's own; only the state is loaded."""
-    index = {name: i for i, name in enumerate(_named(optimizer))}
+    parameters = _named(optimizer)
+    index = {name: i for i, name in enumerate(parameters)}
     state: dict[int, dict[str, torch.Tensor]] = {}
-    for entry, tensor in load_file(directory / OPTIMIZER).items():
-        name, _, key = entry.rpartition(".")
-        if name not in index:
-            raise UserError(
-                f"{directory} trained {name}, which is frozen now: "
-                "freeze what it froze, or use another --run-dir"
-            )
-        state.setdefault(index[name], {})[key] = tensor
+    with safe_open(directory / OPTIMIZER, framework="pt") as file:
+        for entry in file.keys():  # noqa: SIM118 (not a dict)
+            name, _, key = entry.rpartition(".")
+            if name not in index:
+                raise UserError(
+                    f"{directory} trained {name}, which is frozen now: "
+                    "freeze what it froze, or use another --run-dir"
+                )
+            tensor = file.get_tensor(entry)
+            if tensor.ndim:  # not the number of steps
+                moment = torch.empty_like(parameters[name])
+                copy_share(moment, tensor)
+                tensor = moment
+            state.setdefault(index[name], {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -223,10 +234,6 @@ def _named(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
         for group in optimizer.param_groups
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
     }
-
-
-def _for_file(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().contiguous()
 
 
 def _hash(path: Path) -> str:

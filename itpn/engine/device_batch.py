@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from itpn.engine.run import Run
 from itpn.engine.step import micro_step
@@ -49,6 +50,11 @@ def settle(
         size = given
     elif noted or device.type != "cuda":
         size = largest_divisor(share, noted or LIMIT[device.type])
+    elif isinstance(objective, FSDPModule):
+        raise UserError(
+            "--strategy fsdp needs --device-batch here: a rank that ran out of memory while looking for it "
+            "would leave the others waiting; start low, and double it while it fits"
+        )
     else:
         size = largest_divisor(share, LIMIT["cuda"])
         batch = first_batch(size)
@@ -79,7 +85,8 @@ def step_fits(objective: nn.Module, batch: Batch, device: torch.device, precisio
         if device.type == "cuda":
             spare = torch.cuda.get_device_properties(device).total_memory // 20
             room.append(torch.empty(spare, dtype=torch.uint8, device=device))
-        micro_step(objective, {key: value.to(device) for key, value in batch.items()}, precision)
+        with torch.compiler.set_stance("force_eager"):  # sizes that do not stay need not be compiled
+            micro_step(objective, {key: value.to(device) for key, value in batch.items()}, precision)
         return True
     except torch.OutOfMemoryError:
         return False

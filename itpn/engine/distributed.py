@@ -4,19 +4,24 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from itpn.errors import UserError
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+Strategy = Literal["ddp", "fsdp"]
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,21 @@ class World:
         """Until every rank is here."""
         self.largest(0)
 
+    def shard(self, module: nn.Module, blocks: Iterable[nn.Module]) -> None:
+        """FSDP2: each rank keeps a share of every parameter, of its gradient and of the optimiser's state.
+
+        A block is whole while it runs, the rest of `module` throughout a step. The parameters become other
+        objects, so the optimiser is built afterwards. One process keeps everything.
+        """
+        if self.size > 1:
+            mesh = init_device_mesh(self.device.type, (self.size,))
+            for block in blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(module, mesh=mesh)
+
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module that averages its gradients over the ranks."""
-        if self.size == 1:
+        """The module that averages its gradients over the ranks, which a sharded one does by itself."""
+        if self.size == 1 or isinstance(module, FSDPModule):
             return module
         ids = [self.device] if self.device.type == "cuda" else None
         with warnings.catch_warnings():  # broadcast_buffers has a new name that older versions do not know
@@ -76,10 +93,61 @@ class World:
 
 
 def exchange_gradients(model: nn.Module, *, now: bool) -> AbstractContextManager[None]:
-    """Under accumulation the ranks exchange gradients once, with the last micro-step."""
+    """Under accumulation the ranks exchange gradients once, with the last micro-step.
+
+    Shards do it with every one: keeping them back would keep whole gradients.
+    """
     if isinstance(model, DistributedDataParallel) and not now:
         return cast(AbstractContextManager[None], model.no_sync())
     return nullcontext()
+
+
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """Inside, a sharded module is a plain one with all its parameters on every rank.
+
+    Any part of it may be called, on each rank as often as it likes. Its state dict must not be asked for.
+    """
+    shards = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    hooks = [(part._forward_pre_hooks, part._forward_hooks) for part in shards]
+    for part in shards:
+        part.unshard()
+        # FSDP's own: they would take the first block that is called for the root, and free what has run.
+        part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for part, (before, after) in zip(shards, hooks, strict=True):
+            part._forward_pre_hooks, part._forward_hooks = before, after
+            part.reshard()
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor that is shared out over the ranks, each of which must ask; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_tensors(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Each whole and on the CPU, one after the other; every rank must ask.
+
+    Args:
+        keep: False on a rank that only helps the others: it gets none.
+    """
+    kept = {}
+    for name, tensor in tensors.items():
+        complete = whole_tensor(tensor.detach())
+        if keep:
+            kept[name] = complete.cpu().contiguous()
+    return kept
+
+
+@torch.no_grad()
+def copy_share(target: Tensor, complete: Tensor) -> None:
+    """Copies `complete`, which every rank has, or this rank's share of it."""
+    if isinstance(target, DTensor):
+        mesh, placements = target.device_mesh, target.placements
+        complete = distribute_tensor(complete, mesh, placements, src_data_rank=None)
+    target.copy_(complete)
 
 
 def choose_device(name: DeviceName, local_rank: int = 0) -> torch.device:

@@ -28,9 +28,9 @@ class Journal:
 
     def begin(self) -> None:
         """Drops the lines of steps that will be taken again."""
-        self.path.touch()
-        self.size = min(self.size, self.path.stat().st_size)
-        os.truncate(self.path, self.size)
+        self.size = min(self.size, self.path.stat().st_size) if self.path.exists() else 0
+        if self.path.exists():
+            os.truncate(self.path, self.size)
 
     def add(self, values: Mapping[str, Any]) -> None:
         """One line; numbers that are not finite, which JSON does not know, become null."""
@@ -46,7 +46,8 @@ class Journal:
 
     def sync(self) -> None:
         """What could be written is on the disk."""
-        sync(self.path)
+        if self.path.exists():
+            sync(self.path)
 
     def _write(self) -> None:
         with self.path.open("ab", buffering=0) as file:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from itpn.engine import checkpoint, device_batch, replay
 from itpn.engine.bad_files import BadFiles
 from itpn.engine.device_batch import Batch, Batches
-from itpn.engine.distributed import DeviceName, exchange_gradients
+from itpn.engine.distributed import DeviceName, Strategy, exchange_gradients, whole, whole_tensor
 from itpn.engine.interruption import Interrupted, Interruption
 from itpn.engine.log import Log
 from itpn.engine.numerics import Precision, choose_precision, matmul_ceiling, seed_of, set_numerics
@@ -37,6 +37,9 @@ class LoopConfig:
     """Images a device takes at once. Default: 16 on a CPU, on CUDA 512 halved until the first step fits."""
     device: DeviceName = "auto"
     """Where to train."""
+    strategy: Strategy = "ddp"
+    """How ranks share the work: each with the whole model (ddp), or with a share of its parameters, gradients
+    and optimiser state (fsdp), for a model that outgrows a device."""
     precision: Precision = "auto"
     """Of the forward pass; auto is bf16 (fp16 on older GPUs) on CUDA, fp32 elsewhere."""
     compile: bool = False
@@ -92,7 +95,7 @@ class Objective(Protocol):
     def begin_step(self, step: int, num_steps: int) -> None: ...
     def end_step(self, step: int, num_steps: int) -> None: ...
     def compile_blocks(self) -> Iterable[nn.Module]:
-        """What to compile one by one, where that is asked for."""
+        """What to compile and to shard one by one, where that is asked for."""
         ...
 
     def flops_per_image(self) -> float:
@@ -165,6 +168,11 @@ class Training:
 
         self.precision = choose_precision(loop.precision, device)
         set_numerics(device, self.precision, deterministic=loop.deterministic)
+        if loop.compile:
+            for block in self.hooks.compile_blocks():
+                block.compile()
+        if loop.strategy == "fsdp":
+            world.shard(objective, self.hooks.compile_blocks())
         objective.to(device).train()
         self.optimizer = adamw(objective, optim)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -220,9 +228,6 @@ class Training:
             precision=self.precision,
         )
         self.micro_batch, self.accumulation = micro_batch, share // micro_batch
-        if loop.compile:
-            for block in self.hooks.compile_blocks():
-                block.compile()
         self.model = world.wrap(self.objective)
         self.place.say(
             f"{self.place.directory}: step {start_step} of {self.num_steps} ({loop.epochs} epochs) "
@@ -264,7 +269,7 @@ class Training:
             parts.append(torch.stack(list(outputs.values())))
 
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = whole_tensor(nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
         by_rank = self.world.gather(torch.stack(parts))  # [ranks, micro-steps, names]
         values = dict(zip(outputs, by_rank.mean(dim=(0, 1)).tolist(), strict=True))
         values |= {"lr": lr, "grad_norm": norm.item()}
@@ -310,7 +315,7 @@ class Training:
             grad_norm=values["grad_norm"],
             samples=self.world.gather_json(samples),
         )
-        model = checkpoint.model_tensors(self.objective)
+        model = checkpoint.model_tensors(self.objective, keep=self.world.is_main)
         kept = self.place.directory / "replay"
         if self.world.is_main:
             replay.write(kept, bad, model, self.place.config)
@@ -343,7 +348,8 @@ class Training:
             if step:
                 self._save(step)
             # Not compiled: other precisions and sizes would use up what a block may be compiled for.
-            with interruption.at_once(), torch.compiler.set_stance("force_eager"):
+            eager = torch.compiler.set_stance("force_eager")
+            with whole(self.objective), interruption.at_once(), eager:
                 for task in due:
                     self.log.write(step, task.call(epoch, step))
             self.objective.train()

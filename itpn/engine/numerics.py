@@ -1,12 +1,19 @@
 """Precision, determinism and the speed of a device."""
 
+import ctypes
 import hashlib
 import os
+import statistics
+import sys
 from typing import Literal
 
 import torch
+from torch import Tensor
+
+from itpn.engine.clock import Clock
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def choose_precision(name: Precision, device: torch.device) -> torch.dtype:
@@ -38,6 +45,16 @@ def set_numerics(device: torch.device, precision: torch.dtype, *, deterministic:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda" and precision != torch.float32:
         torch.set_float32_matmul_precision("high")
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what a step frees for the next one, which would have to fault in every page again."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def seed_of(*numbers: int) -> int:
@@ -46,14 +63,23 @@ def seed_of(*numbers: int) -> int:
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a 4096-cubed product on a CUDA device: the median of ten, the first of which warm up."""
-    size, milliseconds = 4096, []
-    matrix = torch.randn(size, size, device=device, dtype=dtype)
-    for _ in range(10):
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begun.record()
-        matrix @ matrix
-        ended.record()
-        ended.synchronize()
-        milliseconds.append(begun.elapsed_time(ended))
-    return float(2 * size**3 / (sorted(milliseconds)[5] / 1000))
+    """FLOP/s of 4096-cubed products: the median of ten, the first of which warm up."""
+    matrix = ceiling_matrix(device, dtype)
+    return product_flops(matrix) / statistics.median(product_seconds(matrix) for _ in range(10))
+
+
+def ceiling_matrix(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.randn(4096, 4096, device=device, dtype=dtype)
+
+
+def product_flops(matrix: Tensor) -> int:
+    return 2 * len(matrix) ** 3
+
+
+def product_seconds(matrix: Tensor) -> float:
+    """Time of one product of a square matrix with itself."""
+    clock = Clock(matrix.device)
+    clock.mark("begun")
+    torch.mm(matrix, matrix)
+    clock.mark("product")
+    return clock.read()["product"]

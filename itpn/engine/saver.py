@@ -80,9 +80,10 @@ class Saver:
         if step == self.last_step:
             return
         failed = False
-        model = checkpoint.model_tensors(self.objective)
-        optimizer = checkpoint.optimizer_tensors(self.optimizer)
-        if self.run.world.is_main:
+        is_main = self.run.world.is_main
+        model = checkpoint.model_tensors(self.objective, keep=is_main)
+        optimizer = checkpoint.optimizer_tensors(self.optimizer, keep=is_main)
+        if is_main:
             root = self.run.checkpoints
             progress = {name: part.state_dict() for name, part in self.progress.items()}
             try:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from itpn.errors import UserError
-from itpn.nn.layers import GlobalBlock, LocalBlock, Merge, init_linears, take_units, units_of
+from itpn.nn.layers import GlobalBlock, LocalBlock, Merge, cells_of, init_linears
 from itpn.nn.positions import Grid, Relative, relative_index, resample_table, sincos_table
 
 
@@ -190,12 +190,7 @@ class HiViT(nn.Module):
         """Images ``[B, c, H, W]`` to cells ``[B, N, 4, 4, C/4]``; units not in ``keep [B, K]`` are dropped
         first."""
         self.grid_of(images)
-        units = units_of(images, self.config.patch_size)
-        if keep is not None:
-            units = take_units(units, keep)
-        B, N, P, _, c = units.shape
-        cells: Tensor = units.view(B, N, 4, P // 4, 4, P // 4, c).transpose(3, 4).reshape(B, N, 4, 4, -1)
-        cells = self.stem_norm(self.stem_proj(cells))
+        cells: Tensor = self.stem_norm(self.stem_proj(cells_of(images, self.config.patch_size, keep)))
         return cells
 
     def local(self, cells: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -77,10 +77,10 @@ def build_embed(model: ModelConfig, config: DecoderConfig) -> nn.Module:
 
 
 def fill(visible: Tensor, keep: Tensor, hidden: Tensor, token: Tensor) -> Tensor:
-    """Put visible units ``[B, K, E]`` back at their places among N and ``token [E]`` at every hidden one."""
+    """Put visible units ``[B, K, E]`` back at their places among ``hidden [B, N]`` and ``token [E]`` at every
+    other."""
     index = keep[..., None].expand(-1, -1, visible.shape[-1])
-    placed = visible.new_zeros(*hidden.shape, visible.shape[-1]).scatter(1, index, visible)
-    return placed + hidden[..., None].to(visible.dtype) * token.to(visible.dtype)
+    return token.to(visible.dtype).expand(*hidden.shape, -1).scatter(1, index, visible)
 
 
 class Decoder(nn.Module):

@@ -10,6 +10,7 @@ from functools import reduce
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,8 +58,8 @@ class Reconstruction(NamedTuple):
 def normalise_units(units: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Units ``[B, N, D]`` by their own mean and unbiased variance; also returns mean and deviation ``[B, N,
     1]``."""
-    mean = units.mean(-1, keepdim=True)
-    deviation = (units.var(-1, keepdim=True) + 1e-6).sqrt()
+    variance, mean = torch.var_mean(units, -1, keepdim=True)
+    deviation = (variance + 1e-6).sqrt()
     return (units - mean) / deviation, mean, deviation
 
 
@@ -118,8 +119,8 @@ class PixelObjective(nn.Module):
 
     def normalise(self, images: Tensor) -> Tensor:
         """``uint8`` images, or floats in 0..1, to zero mean and unit variance per channel."""
-        scaled = images.float() / 255 if images.dtype == torch.uint8 else images
-        return (scaled - self.mean) / self.std
+        top = 255 if images.dtype == torch.uint8 else 1
+        return (images * (1 / (top * self.std))).sub_(self.mean / self.std)
 
     def encode(
         self, images: Tensor, keep: Tensor, drop: Tensor | None = None
@@ -138,7 +139,8 @@ class PixelObjective(nn.Module):
     def pixel_loss(self, prediction: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
         """Mean square error over hidden units against pixels normalised per unit."""
         target, _, _ = normalise_units(units_of(images, self.model.backbone.config.patch_size).flatten(2))
-        return mean_over_hidden((prediction.float() - target).square().mean(-1), hidden)
+        error = F.mse_loss(prediction.float(), target, reduction="none")
+        return mean_over_hidden(error.mean(-1), hidden)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, keep: Tensor) -> Reconstruction:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from itpn.engine import checkpoint
 from itpn.errors import UserError
 from itpn.nn.positions import resample_relative, resample_table
 from itpn.nn.pyramid import ModelConfig
@@ -65,12 +66,11 @@ class Weights:
             ) from error
 
 
-def portable(objective: nn.Module) -> dict[str, Tensor]:
-    """An objective's state under portable names."""
-    state = objective.state_dict()
+def portable(objective: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """An objective's state under portable names; every rank must ask, as for `checkpoint.model_tensors`."""
     return {
-        name.removeprefix("model."): value.detach().cpu().contiguous()
-        for name, value in state.items()
+        name.removeprefix("model."): tensor
+        for name, tensor in checkpoint.model_tensors(objective, keep=keep).items()
         if not name.endswith("decoder.position")
     }
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from itpn.data import picture
-from itpn.data.picture import BadImageError, load_image, open_picture
+from itpn.data.picture import BadImageError, load_image, open_bytes, open_picture
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (6, 8, 3), dtype=np.uint8)
@@ -154,24 +156,81 @@ def test_a_cut_is_a_crop_of_the_upright_image(tmp_path: Path, orientation: int, 
     width, height = upright.size
     for left, top in ((0, 0), (width - 20, 0), (0, height - 20), (7, 11)):
         with open_picture(path) as opened:
-            cut = opened.cut((left, top, 20, 20), 20)
-        assert np.array_equal(np.asarray(cut), np.asarray(upright)[top : top + 20, left : left + 20])
+            cut = opened.cut((left, top, 20, 20), 20).permute(1, 2, 0)
+        assert np.array_equal(cut, np.asarray(upright)[top : top + 20, left : left + 20])
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("orientation", [1, 6])
-@pytest.mark.parametrize(("size", "factor"), [(101, 1), (100, 2), (51, 2), (50, 4), (26, 4), (24, 8), (7, 8)])
+@pytest.mark.parametrize(("size", "factor"), [(201, 1), (51, 1), (50, 4), (26, 4), (25, 8), (7, 8)])
 def test_a_scaled_decode_leaves_the_box_no_smaller_than_the_output(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orientation: int, size: int, factor: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, orientation: int, size: int, factor: int
 ) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = saved(Image.new("RGB", (400, 300)), tmp_path / "x.jpg", exif=exif)
-    decoded = []
-    crop = Image.Image.crop
-    monkeypatch.setattr(Image.Image, "crop", lambda self, box: decoded.append(self.size) or crop(self, box))
+    path = saved(Image.new(mode, (401, 301)), tmp_path / "x.jpg", exif=exif)
+    shapes = []
+    resized = picture._resized
+    monkeypatch.setattr(picture, "_resized", lambda part, *a: shapes.append(part.shape) or resized(part, *a))
     with open_picture(path) as opened:
-        opened.cut((10, 20, 200, 250), size)
-    assert decoded == [(400 // factor, -(-300 // factor))]
+        width, height = opened.size
+        opened.cut((width - 200, height - 250, 200, 250), size)
+    ((height, width, _),) = shapes
+    assert round((200 * 250 / (height * width)) ** 0.5) == factor
+    assert factor == 1 or min(height, width) >= size
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("size", [40, 90])
+def test_a_cut_of_a_jpeg_is_what_pillow_reads(tmp_path: Path, mode: str, size: int) -> None:
+    """Whichever library decodes it, at its full size or not."""
+    smooth = Image.fromarray(COLOURS).resize((401, 301), Image.Resampling.BICUBIC)
+    path = saved(smooth.convert(mode), tmp_path / "x.jpg", quality=95)
+    left, top, width, height = box = (101, 50, 250, 203)
+    plain = load_image(path).crop((left, top, left + width, top + height))
+    expected = np.asarray(plain.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
+    with open_picture(path) as opened:
+        cut = opened.cut(box, size).permute(1, 2, 0).numpy()
+    assert np.abs(cut - expected).mean() < 1
+
+
+def test_an_odd_jpeg_is_left_to_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(Image.fromarray(COLOURS).resize((64, 64)), tmp_path / "x.jpg")
+    refused = []
+    decode = simplejpeg.decode_jpeg
+
+    def spied(*arguments: object, **options: object) -> np.ndarray:
+        try:
+            return decode(*arguments, **options)
+        except ValueError as error:
+            refused.append(error)
+            raise
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", spied)
+    data = path.read_bytes()
+    with open_bytes(data[:-2] + bytes(9) + data[-2:], path) as odd, open_bytes(data, path) as plain:
+        assert torch.equal(odd.cut((0, 0, 64, 64), 64), plain.cut((0, 0, 64, 64), 64))
+    assert len(refused) == 1
+
+
+def test_the_fast_decoder_gets_no_other_size_than_was_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(Image.fromarray(COLOURS), tmp_path / "x.jpg")
+    monkeypatch.setattr(simplejpeg, "decode_jpeg_header", lambda *a, **o: (60_000, 60_000, "YCbCr", "420"))
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *a, **o: pytest.fail("decoded"))
+    with open_picture(path) as opened:
+        assert opened.cut((0, 0, 8, 6), 6).shape == (3, 6, 6)
+
+
+def test_bytes_are_read_as_files_are(tmp_path: Path) -> None:
+    path = saved(Image.fromarray(COLOURS), tmp_path / "x.png")
+    with open_bytes(path.read_bytes(), Path("a.tar/x.png")) as opened:
+        assert np.array_equal(np.asarray(opened.decode()), COLOURS)
+    for data, reason in ((b"", "empty"), (jpeg()[:1000], "truncated")):
+        refused = pytest.raises(BadImageError, match=rf"a\.tar/x\.jpg: .*{reason}")
+        with refused, open_bytes(data, Path("a.tar/x.jpg")) as opened:
+            opened.cut((0, 0, 64, 64), 64)
 
 
 def test_broken_exif_does_not_spoil_a_sound_image(tmp_path: Path) -> None:
@@ -221,7 +280,7 @@ def test_a_bomb_is_refused_by_its_header(tmp_path: Path, monkeypatch: pytest.Mon
         + struct.pack("<IHHI", 54, 0, 0, 54)
         + struct.pack("<IiiHHIIiiII", 40, 40_000, 40_000, 1, 24, 0, 0, 0, 0, 0, 0)
     )
-    assert "exceeds limit" in reason_of(tmp_path / "huge.bmp")
+    assert "more pixels than the limit" in reason_of(tmp_path / "huge.bmp")
 
 
 def test_an_error_survives_the_way_between_processes() -> None:

@@ -1,4 +1,4 @@
-"""Archives of every kind that tarfile writes are walked as tarfile does; damaged and hostile ones are refused."""
+"""Archives of every kind are walked as tarfile does; damaged and hostile ones are refused."""
 
 import gzip
 import io
@@ -56,7 +56,8 @@ def padded(data: bytes) -> bytes:
 
 def pax(*records: bytes, kind: bytes = b"x") -> bytes:
     content = b"".join(
-        next(line for n in range(1, 10**6) if len(line := b"%d %s\n" % (n, record)) == n) for record in records
+        next(line for n in range(1, 10**6) if len(line := b"%d %s\n" % (n, record)) == n)
+        for record in records
     )
     return header(b"pax", octal(len(content)), kind) + padded(content)
 
@@ -77,8 +78,13 @@ def test_members_lie_where_tarfile_finds_them(tmp_path: Path, kind: str) -> None
 
 
 def test_a_size_in_a_pax_header_counts(tmp_path: Path) -> None:
-    (tmp_path / "a.tar").write_bytes(pax(b"size=700") + header() + padded(bytes(700)) + header(b"b.jpg") + END)
-    assert [(member.name, member.size) for member in members(tmp_path / "a.tar")] == [("a.jpg", 700), ("b.jpg", 0)]
+    (tmp_path / "a.tar").write_bytes(
+        pax(b"size=700") + header() + padded(bytes(700)) + header(b"b.jpg") + END
+    )
+    assert [(member.name, member.size) for member in members(tmp_path / "a.tar")] == [
+        ("a.jpg", 700),
+        ("b.jpg", 0),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +99,11 @@ def test_a_size_in_a_pax_header_counts(tmp_path: Path) -> None:
         (header(size=wide(1 << 70)) + END, 0, "truncated or damaged"),
         (header(size=wide(-512)) + END, 0, "truncated or damaged"),
         (header(size=wide(-1 << 70), kind=b"L") + END, 0, "truncated or damaged"),
-        (header(size=octal(MAX_EXTENSION + 1), kind=b"L") + bytes(2 * MAX_EXTENSION), 0, "a name or header of"),
+        (
+            header(size=octal(MAX_EXTENSION + 1), kind=b"L") + bytes(2 * MAX_EXTENSION),
+            0,
+            "a name or header of",
+        ),
         (header(size=octal(5000), kind=b"x") + END, 0, "truncated or damaged"),
         (header(kind=b"S") + END, 0, "sparse"),
         (pax(b"GNU.sparse.major=1") + header() + END, 0, "sparse"),
@@ -107,7 +117,9 @@ def test_a_size_in_a_pax_header_counts(tmp_path: Path) -> None:
         (header() + END + header(b"joined.jpg") + END, 512, "follow the end mark"),
     ],
 )
-def test_a_bad_archive_is_named_with_the_place(tmp_path: Path, content: bytes, offset: int, words: str) -> None:
+def test_a_bad_archive_is_named_with_the_place(
+    tmp_path: Path, content: bytes, offset: int, words: str
+) -> None:
     path = tmp_path / "bad.tar"
     path.write_bytes(content)
     with pytest.raises(BadTarError) as caught:

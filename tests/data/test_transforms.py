@@ -40,7 +40,10 @@ def test_crop_and_resize_is_torchvisions(tmp_path: Path, width: int, height: int
     image = smooth(width, height)
     image.save(tmp_path / "x.png")
     for index in range(8):
-        assert torch.equal(crop_of(tmp_path / "x.png", 32, index), published_crop(image, 32, index))
+        ours, theirs = crop_of(tmp_path / "x.png", 32, index), published_crop(image, 32, index)
+        difference = (ours.int() - theirs.int()).abs()
+        # Weights of 16 bits, of torch and of Pillow.
+        assert difference.max() <= 1 and difference.float().mean() < 0.3
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

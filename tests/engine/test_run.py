@@ -54,7 +54,9 @@ def test_a_directory_in_use_is_refused_until_its_process_ends(tmp_path: Path) ->
         "run = Run(Path(sys.argv[1]), {}, World(0, 1, torch.device('cpu'))); print('ready', flush=True); "
         "time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout.readline() == "ready\n"
         with pytest.raises(UserError, match=rf"is in use by process {other.pid} on .*--run-dir"):
             Run(tmp_path, {}, WORLD)

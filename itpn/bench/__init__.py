@@ -1,0 +1,1 @@
+"""What speed and memory are, measured on the code that trains."""

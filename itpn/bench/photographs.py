@@ -1,0 +1,43 @@
+"""Made-up JPEGs that cost about what photographs do to decode, where there are none to measure with."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from itpn.data.textures import noise
+from itpn.errors import UserError
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+QUALITY = 88
+
+
+def sizes_of(text: str) -> list[Size]:
+    """`500x400,1024x768` as sizes."""
+    found = [re.fullmatch(r"([1-9]\d{1,4})x([1-9]\d{1,4})", part) for part in text.split(",")]
+    if not all(found):
+        raise UserError(f"--synthetic {text}: give sizes as WIDTHxHEIGHT of 10 pixels or more, with commas between")
+    return [(int(size[1]), int(size[2])) for size in found if size]
+
+
+def write_photographs(folder: Path, size: Size, number: int) -> list[Path]:
+    paths = [folder / f"{size[0]}x{size[1]}-{i}.jpg" for i in range(number)]
+    for i, path in enumerate(paths):
+        photograph(np.random.default_rng(i), size).save(path, quality=QUALITY, subsampling="4:2:0")
+    return paths
+
+
+def photograph(rng: np.random.Generator, size: Size) -> Image.Image:
+    """Noise with the spectrum of photographs: bumps of all widths, the wider the stronger; greyish, with edges."""
+    width, height = size
+    image = np.zeros((height, width, 3), np.float32)
+    for octave in range(int(np.log2(max(size)))):
+        light, *colours = (noise(rng, (height, width), 2.0**octave) - 0.5 for _ in range(4))
+        if octave > 4:
+            light = 0.5 * np.tanh(20 * light)
+        image += 2 ** (0.8 * octave) * (light[..., None] + 0.3 * np.stack(colours, axis=2))
+    image = 128 + 55 * (image - image.mean()) / image.std()
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8))

@@ -1,0 +1,204 @@
+"""`itpn bench pretrain`: a config's real training step on synthetic data, beside what the device can do."""
+
+import json
+import statistics
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from itpn.bench.figures import Figures, show
+from itpn.bench.plain import Plain, plain_adamw
+from itpn.bench.profile import profiled
+from itpn.commands.arguments import parse
+from itpn.engine.clock import Clock
+from itpn.engine.distributed import DeviceName, choose_device
+from itpn.engine.numerics import (
+    Precision,
+    ceiling_matrix,
+    choose_precision,
+    product_flops,
+    product_seconds,
+    set_numerics,
+)
+from itpn.engine.optim import adamw
+from itpn.engine.step import micro_step
+from itpn.errors import UserError
+from itpn.objectives.pixel import PixelObjective
+from itpn.recipes.lookup import find, load
+from itpn.recipes.pretrain import Pretrain
+
+WARM_UP = 2
+"""Steps that are not counted; a compiler and an allocator settle in them."""
+BATCH = {"cpu": 16, "mps": 64, "cuda": 256}
+PRODUCTS = {"cpu": 1, "mps": 10, "cuda": 10}
+"""Products of the ceiling beside each step."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Time the training step of a config on random images: its parts, FLOP/s, and share of the ceiling."""
+
+    name: Annotated[str, tyro.conf.Positional]
+    """A config, as `itpn train` takes it."""
+    device_batch: int | None = None
+    """Images per step. Default: 16 on a CPU, 256 on CUDA."""
+    steps: int = 10
+    """Steps to time, after two to warm up; medians are shown."""
+    precision: Precision = "auto"
+    """Of the forward pass; auto is bf16 (fp16 on older GPUs) on CUDA, fp32 elsewhere."""
+    device: DeviceName = "auto"
+    """Where to run."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
+    baseline: bool = False
+    """Take turns with the same model written plainly (itpn/bench/plain.py)."""
+    profile: bool = False
+    """Show the time of one more step by kind of work."""
+    json: Path | None = None
+    """Where to write the figures."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or (self.device_batch is not None and self.device_batch < 1):
+            raise UserError("--steps and --device-batch must be at least 1")
+
+
+def run(arguments: list[str]) -> None:
+    options = parse(Bench, arguments, "itpn bench pretrain")
+    recipe = load(find(options.name))
+    console = Console(highlight=False, soft_wrap=True)
+    figures = measure(recipe, options, console)
+    show(figures, console)
+    if options.json:
+        options.json.write_text(json.dumps(figures.as_dict(), indent=2) + "\n")
+
+
+@dataclass
+class Runner:
+    """One model that takes steps in the loop's order, its parts on the clock."""
+
+    model: nn.Module
+    objective: PixelObjective
+    optimizer: torch.optim.Optimizer
+    batch: dict[str, Tensor]
+    precision: torch.dtype
+    num_steps: int
+    clock: Clock = field(init=False)
+    losses: list[float] = field(default_factory=list)
+    seconds: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        mark = self.clock = Clock(self.batch["images"].device)
+        self.model.register_forward_hook(lambda *_: mark.mark("forward"))
+        if self.objective.features:
+            teacher = self.objective.features.teacher
+            teacher.register_forward_pre_hook(lambda *_: mark.mark("forward"))
+            teacher.register_forward_hook(lambda *_: mark.mark("teacher"))
+
+    def step(self) -> None:
+        step, mark = len(self.losses), self.clock.mark
+        mark("begun")
+        self.objective.begin_step(step, self.num_steps)
+        outputs = micro_step(self.model, self.batch, self.precision)
+        mark("backward")
+        nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        mark("optimiser")
+        if self.objective.features:
+            self.objective.end_step(step, self.num_steps)
+            mark("teacher's average")
+        self.seconds.append(self.clock.read())
+        self.losses.append(outputs["loss"].item())
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Median seconds of each part, and of the whole step."""
+        timed = self.seconds[WARM_UP:]
+        medians = {name: statistics.median(step[name] for step in timed) for name in timed[0]}
+        return medians | {"step": statistics.median(sum(step.values()) for step in timed)}
+
+
+def measure(recipe: Pretrain, options: Bench, console: Console) -> Figures:
+    device = choose_device(options.device)
+    precision = choose_precision(options.precision, device)
+    size = options.device_batch or BATCH[device.type]
+    set_numerics(device, precision)
+    torch.manual_seed(0)
+    objective = PixelObjective(recipe.model, recipe.objective).to(device).train()
+    batch = synthetic_batch(objective, size, device)
+    num_steps = WARM_UP + options.steps
+    baseline = None
+    if options.baseline:
+        plain = Plain(objective)
+        optimizer = plain_adamw(plain, recipe.optim)
+        baseline = Runner(plain, plain.objective, optimizer, batch, precision, num_steps)
+    if options.compile:
+        for block in objective.compile_blocks():
+            block.compile()
+    ours = Runner(objective, objective, adamw(objective, recipe.optim), batch, precision, num_steps)
+
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("warming up", total=num_steps)
+        for _ in range(WARM_UP):
+            ours.step()
+            progress.advance(task)
+        peak = peak_memory(device)
+        for _ in range(WARM_UP if baseline else 0):
+            baseline.step()  # type: ignore[union-attr]
+        matrix = ceiling_matrix(device, precision)
+        product_seconds(matrix)
+        products: list[float] = []
+        progress.update(task, description="timing")
+        for _ in range(options.steps):
+            products += [product_seconds(matrix) for _ in range(PRODUCTS[device.type])]
+            ours.step()
+            if baseline:
+                baseline.step()
+            progress.advance(task)
+        ceiling = product_flops(matrix) / statistics.median(products)
+        kinds = profiled(ours.step, device) if options.profile else None
+    return Figures(
+        config=recipe.name,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        precision=str(precision).removeprefix("torch."),
+        device_batch=size,
+        compiled=options.compile,
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        flops_per_image=objective.flops_per_image(),
+        ceiling=ceiling,
+        parts=ours.parts,
+        losses=ours.losses,
+        peak_memory=peak,
+        baseline_parts=baseline.parts if baseline else None,
+        baseline_losses=baseline.losses if baseline else None,
+        kinds=kinds,
+    )
+
+
+def synthetic_batch(objective: PixelObjective, size: int, device: torch.device) -> dict[str, Tensor]:
+    """Random pixels and masks, the same on every machine."""
+    generator = torch.Generator().manual_seed(0)
+    config = objective.model.config.backbone
+    shape = (size, config.in_channels, config.image_size, config.image_size)
+    draws = [objective.draw(generator) for _ in range(size)]
+    batch = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+    batch["images"] = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def peak_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":
+        import resource  # there is none on Windows
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return None

@@ -1,0 +1,137 @@
+"""A data set looked through before training: which images cannot be read, and what the others are like."""
+
+import io
+import os
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from hashlib import blake2b
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from itpn.data.crashproof import Death, each
+from itpn.data.picture import FORMATS, BadImageError, open_bytes
+from itpn.data.source import Images
+
+_ORIENTATION = 0x0112
+
+
+class Look(NamedTuple):
+    """What a readable image is like."""
+
+    width: int
+    height: int
+    format: str
+    traits: tuple[str, ...]
+    digest: int
+    """64 bits that identical files share, and no others."""
+
+
+class Size(NamedTuple):
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        return f"{self.width:,} x {self.height:,}"
+
+
+class Tally:
+    """What is known of the images of one split so far."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+        self.bad: dict[int, str] = {}
+        """Why an image cannot be read, by index."""
+        self.formats: Counter[str] = Counter()
+        self.traits: Counter[str] = Counter()
+        self._sizes, self._digests = array("I"), array("Q")
+
+    def add(self, index: int, found: Look | str) -> None:
+        if isinstance(found, str):
+            self.bad[index] = found
+            return
+        self.formats[found.format] += 1
+        self.traits.update(found.traits)
+        self._sizes.extend((found.width, found.height))
+        self._digests.append(found.digest)
+
+    @property
+    def num_read(self) -> int:
+        return len(self._digests)
+
+    @property
+    def digests(self) -> NDArray[np.uint64]:
+        return np.array(self._digests, np.uint64)
+
+    def sizes(self) -> list[Size]:
+        """The smallest, the median and the largest by area; empty where no image could be read."""
+        sizes = self._all_sizes()
+        by_area = np.argsort(sizes.prod(1), kind="stable")
+        return [Size(*sizes[by_area[rank]].tolist()) for rank in (0, len(sizes) // 2, -1) if len(sizes)]
+
+    def num_smaller(self, size: int) -> int:
+        """Images that training at `size` pixels has to enlarge."""
+        return int((self._all_sizes().min(1, initial=1 << 32) < size).sum())
+
+    def class_counts(self) -> list[tuple[int, str]]:
+        """Images per class with the bad ones, fewest first; empty where there are no classes."""
+        labels, names = self.images.labels, self.images.class_names
+        if labels is None or names is None:
+            return []
+        return sorted(zip(torch.bincount(labels, minlength=len(names)).tolist(), names, strict=True))
+
+    def _all_sizes(self) -> NDArray[np.int64]:
+        return np.array(self._sizes, np.int64).reshape(-1, 2)
+
+
+def check(images: Images, num_workers: int) -> Iterator[tuple[int, Look | str]]:
+    """Decodes every image in full, in the order in which that is done.
+
+    Yields:
+        Its index, and what it is like or why it cannot be read.
+    """
+    for index, found in each(partial(look, images), len(images), num_workers):
+        yield index, str(found) if isinstance(found, Death) else found
+
+
+def look(images: Images, index: int) -> Look | str:
+    try:
+        data = images.read(index)
+        with open_bytes(data, images.name(index)) as picture:
+            width, height = picture.decode().size
+    except BadImageError as error:
+        return error.reason
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        kind = image.format or ""
+        traits = [*_traits(image)]
+    named = Image.registered_extensions().get(os.path.splitext(images.names[index])[1].lower())
+    if named != kind.replace("MPO", "JPEG"):  # a JPEG with more pictures behind it
+        traits.append("named as another format")
+    digest = int.from_bytes(blake2b(data, digest_size=8).digest())
+    return Look(width, height, kind, tuple(traits), digest)
+
+
+def _traits(image: Image.Image) -> Iterator[str]:
+    """What may surprise about an image, as far as its header tells."""
+    if image.mode in ("1", "L", "LA") or image.mode.startswith("I"):
+        yield "grey"
+    if image.mode.startswith("I"):
+        yield "of 16 bits or more"
+    if image.mode == "P":
+        yield "with a palette"
+    if image.mode == "CMYK":
+        yield "CMYK"
+    if image.has_transparency_data:
+        yield "with transparency"
+    try:
+        if image.getexif().get(_ORIENTATION, 1) in range(2, 9):
+            yield "turned by EXIF"
+        if getattr(image, "is_animated", False):
+            yield "of several frames or pages"
+    except Exception:  # the reader does without broken EXIF and further frames, and so do we
+        yield "with broken EXIF or further frames"

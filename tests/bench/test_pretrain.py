@@ -1,0 +1,111 @@
+"""The benchmark measures the code that trains, and counts what that code does."""
+
+import json
+
+import pytest
+import torch
+
+from itpn.bench.plain import Plain
+from itpn.bench.pretrain import run
+from itpn.bench.profile import kind_of
+from itpn.engine.step import micro_step
+from itpn.errors import UserError
+from tests.toys import toy_batch, toy_objective
+
+CONFIG = """
+from dataclasses import replace
+
+from itpn.recipes.pretrain import itpn_pixel
+from tests.toys import toy_objective
+
+_toy = toy_objective({features})
+config = itpn_pixel(size="base", epochs=100)
+config = replace(config, model=_toy.model.config, objective=_toy.config)
+"""
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "setting", [{}, {"pyramid": False}, {"features": {}}, {"masks_per_image": 2, "layer_scale": 0.1}]
+)
+def test_the_plain_model_has_the_same_loss_and_gradient(setting, precision):
+    objective = toy_objective(**setting)
+    plain, batch = Plain(objective), toy_batch(objective)
+    ours, theirs = (micro_step(model, batch, precision)["loss"] for model in (objective, plain))
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
+    for mine, own in zip(objective.parameters(), plain.objective.parameters(), strict=True):
+        assert (mine.grad is None) == (own.grad is None)
+        if mine.grad is not None and precision == torch.float32:
+            torch.testing.assert_close(mine.grad, own.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_plain_model_refuses_what_it_does_not_know():
+    with pytest.raises(UserError, match="--baseline"):
+        Plain(toy_objective(relative_position_bias=True))
+
+
+@pytest.mark.parametrize("features", ["", "{}"])
+def test_figures(tmp_path, capsys, features):
+    config, out = tmp_path / "toy.py", tmp_path / "figures.json"
+    config.write_text(CONFIG.replace("{features}", features))
+    words = f"{config} --device cpu --device-batch 2 --steps 3 --baseline --profile --json {out}"
+    run(words.split())
+    figures = json.loads(out.read_text())
+    for parts in (figures["parts"], figures["baseline_parts"]):
+        assert {"teacher", "teacher's average"} <= set(parts) if features else "teacher" not in parts
+        assert min(parts.values()) > 0
+    assert figures["losses"] == pytest.approx(figures["baseline_losses"] + figures["losses"][-1:], abs=1e-4)
+    assert figures["flops"] == figures["flops_per_image"] * figures["images_per_s"]
+    assert figures["ratio"] == figures["flops"] / figures["ceiling"]
+    assert {kind for kind, seconds in figures["kinds"].items() if seconds} >= {"matmul", "norm", "GELU"}
+    shown = capsys.readouterr().out
+    assert "images/s" in shown and "of the ceiling" in shown and "x the plain model" in shown
+
+
+def test_kinds_of_operators():
+    kinds = {"aten::mm": "matmul", "aten::bmm": "attention", "aten::copy_": "casts and copies"}
+    kinds |= {"aten::_fused_adamw_": "optimiser", "AddmmBackward0": "other", "mm": "other"}
+    assert {name: kind_of(name) for name in kinds} == kinds
+
+
+def test_no_steps_is_an_error(tmp_path):
+    config = tmp_path / "toy.py"
+    config.write_text(CONFIG.replace("{features}", ""))
+    with pytest.raises(UserError, match="at least 1"):
+        run([str(config), "--steps", "0"])
+
+
+def macs_of_tokens(tokens: int, width: int, ratio: float) -> float:
+    """A transformer block: four square projections, two products of attention, an MLP."""
+    return tokens * (4 + 2 * ratio) * width**2 + 2 * tokens**2 * width
+
+
+def macs_of_backbone(units: int, width: int, depths: tuple[int, int, int]) -> float:
+    """The toy's: units of 16 pixels, early MLPs of ratio 3, later ones of ratio 2."""
+    quarter, half = width // 4, width // 2
+    stem = units * 16 * (4 * 4 * 3) * quarter
+    early = depths[0] * 16 * 2 * 3 * quarter**2 + depths[1] * 4 * 2 * 3 * half**2
+    merges = 4 * 4 * quarter * half + 4 * half * width
+    return stem + units * (early + merges) + depths[2] * macs_of_tokens(units, width, 2)
+
+
+@pytest.mark.parametrize("features", [None, {}])
+@pytest.mark.parametrize("masks", [1, 2])
+def test_flops_by_hand(features, masks):
+    """6 for each multiply-add of the masked forward pass, 2 for each of the teacher's on the whole image."""
+    objective = toy_objective(features, masks_per_image=masks)
+    visible, units, width, pyramid, decoder = 4, 16, 32, 24, 32
+    student = macs_of_backbone(visible, width, (1, 1, 2))
+    level16 = width * pyramid + 4 * pyramid**2
+    level8 = width * 4 * pyramid + 4 * (width // 2) * pyramid + 2 * 4 * 4 * pyramid**2
+    level4 = 4 * pyramid * 4 * pyramid + 16 * (width // 4) * pyramid + 2 * 16 * 4 * pyramid**2
+    embeds = 3 * pyramid * decoder
+    student += visible * (level16 + level8 + level4 + embeds)
+    student += macs_of_tokens(units, decoder, 2) + units * decoder * 768
+    teacher = 0.0
+    if features is not None:
+        student += units * decoder * (16 * width // 4 + 4 * width // 2 + width)
+        teacher = macs_of_backbone(units, width, (1, 1, 2))
+    assert objective.flops_per_image() == 6 * masks * student + 2 * teacher
+
+
