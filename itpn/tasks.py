@@ -295,18 +295,19 @@ def _knn(
 
 def _finish(recipe: Pretrain, objective: PixelObjective, run: Run, step: int) -> None:
     """What the run leaves behind: weights to fine-tune from, and its curves."""
-    path = run.directory / "pretrained.safetensors"
+    path, metrics = run.directory / "pretrained.safetensors", run.directory / "metrics.jsonl"
     portable = files.portable(objective, keep=run.world.is_main)
     tensors = {name: tensor for name, tensor in portable.items() if name.startswith(files.MODEL_PARTS)}
     if not run.world.is_main:
         return
     try:
         files.save(path, tensors, config_of(recipe))
+        loss_curves({recipe.name: [metrics]}, run.pictures / "curves.png")
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"cannot write {path} ({error}); make room and give the same command again"
+            f"cannot write what the run leaves in {run.directory} ({error}); "
+            "make room and give the same command again"
         ) from error
-    loss_curves({recipe.name: [run.directory / "metrics.jsonl"]}, run.pictures / "curves.png")
     run.finish(step)
     run.say(f"finished: {path} holds backbone and pyramid")
     run.say(f"look first at {run.pictures}: the newest reconstruction, and curves.png")

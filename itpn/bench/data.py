@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
@@ -18,11 +18,10 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from itpn.bench.photographs import Size, sizes_of, write_photographs
+from itpn.bench.photographs import QUALITY, sizes_of, write_photographs
 from itpn.commands.arguments import parse
-from itpn.data.images import find_images
-from itpn.data.loader import DataConfig
-from itpn.data.picture import BadImageError, Box, open_picture
+from itpn.data.images import ImageList, find_images
+from itpn.data.picture import BadImageError, Box, load_image, open_picture
 from itpn.data.randomness import generator
 from itpn.data.transforms import random_crop_box, random_resized_crop_flip
 from itpn.errors import UserError
@@ -32,11 +31,12 @@ GROUP = 4
 
 MEGAPIXELS = {"below 0.5 megapixels": 0.5, "0.5 to 2 megapixels": 2.0, "above 2 megapixels": float("inf")}
 ORIENTATION = 0x0112
+MIN_SCALE, FLIP = 0.2, 0.5
 
 
 @dataclass(frozen=True)
 class Options:
-    """Images a second that one core loads for training, beside Pillow + torchvision on the same files and crops."""
+    """Images a second that one core loads for training, and by Pillow + torchvision from the same files."""
 
     directory: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")] = None
     """Images as training finds them; or leave it out and give --synthetic."""
@@ -68,6 +68,9 @@ class Sample:
     box: Box
     mirrored: bool
 
+    def generator(self) -> torch.Generator:
+        return generator(0, self.epoch, self.index, "crop")
+
 
 @dataclass(frozen=True)
 class Result:
@@ -96,31 +99,144 @@ def run(arguments: list[str]) -> None:
 
 
 def files_by_size(options: Options, folder: Path) -> dict[str, list[Path]]:
-    """The files to load, by what to call their size."""
+    """The files to load, by what to call their size; those made are written to `folder`."""
     if options.synthetic is not None:
-        print("Made-up JPEGs: noise with the spectrum of photographs, quality 88, 4:2:0.")
-        sizes: list[Size] = sizes_of(options.synthetic)
+        print(f"Made-up JPEGs: noise as detailed as photographs, quality {QUALITY}, 4:2:0.")
+        sizes = sizes_of(options.synthetic)
         return {f"{w} x {h}": write_photographs(folder, (w, h), options.num) for w, h in sizes}
     assert options.directory is not None
     images = find_images(options.directory)
+    if not isinstance(images, ImageList):
+        raise UserError(f"{options.directory} holds tar shards; name a folder of image files")
     files: dict[str, list[Path]] = {name: [] for name in MEGAPIXELS}
-    num_left_out = 0
-    step = max(1, len(images) // options.num)
-    for index in range(0, len(images), step)[: options.num]:
-        path = images.root / images.names[index]
-        try:
-            with Image.open(path) as image:
-                turned = image.getexif().get(ORIENTATION, 1) != 1
-                megapixels = image.width * image.height / 1e6
-            with open_picture(path) as picture:
-                picture.decode()
-        except (OSError, BadImageError):
-            turned = True
-        if turned:
-            num_left_out += 1
-            continue
-        files[next(name for name, most in MEGAPIXELS.items() if megapixels <= most)].append(path)
+    chosen = range(0, len(images), max(1, len(images) // options.num))[: options.num]
+    for path in map(images.path, chosen):
+        if (megapixels := megapixels_of(path)) is not None:
+            files[next(name for name, most in MEGAPIXELS.items() if megapixels <= most)].append(path)
     print(images.description)
+    num_left_out = len(chosen) - sum(map(len, files.values()))
     if num_left_out:
         print(f"{num_left_out} left out: unreadable, or turned by EXIF, which the plain way does not heed.")
-    return files
+    return {name: paths for name, paths in files.items() if paths}
+
+
+def megapixels_of(path: Path) -> float | None:
+    """None for a file that the plain way cannot load, or loads unturned."""
+    try:
+        load_image(path)
+        with Image.open(path) as image:
+            upright = image.getexif().get(ORIENTATION, 1) == 1
+            return image.width * image.height / 1e6 if upright else None
+    except (OSError, BadImageError):
+        return None
+
+
+def measure_all(files: dict[str, list[Path]], options: Options) -> dict[str, Result]:
+    with Progress(transient=True) as progress:
+        task = progress.add_task("loading", total=sum(map(len, files.values())) * (options.rounds + 1))
+        return {
+            name: measure(paths, options, lambda num: progress.advance(task, num))
+            for name, paths in files.items()
+        }
+
+
+def measure(paths: list[Path], options: Options, advance: Callable[[int], None]) -> Result:
+    """Both ways in turn, a few images each, so that neither gets the better moments of the machine."""
+    plain_way = PlainWay(options.image_size)
+
+    def ours(sample: Sample) -> Tensor:
+        with open_picture(sample.path) as picture:
+            return random_resized_crop_flip(
+                picture, options.image_size, min_scale=MIN_SCALE, flip=FLIP, generator=sample.generator()
+            )
+
+    differences: list[float] = []
+    seconds: dict[str, list[float]] = {"ours": [], "plain": []}
+    for epoch in range(options.rounds + 1):
+        samples = [drawn(path, epoch, index) for index, path in enumerate(paths)]
+        spent = {"ours": 0.0, "plain": 0.0}
+        for start in range(0, len(samples), GROUP):
+            group = samples[start : start + GROUP]
+            began = time.perf_counter()
+            our_pixels = [ours(sample) for sample in group]
+            between = time.perf_counter()
+            plain_pixels = [plain_way(sample) for sample in group]
+            spent["ours"] += between - began
+            spent["plain"] += time.perf_counter() - between
+            differences += map(mean_difference, our_pixels, plain_pixels)
+            advance(len(group))
+        if epoch:  # the first round is for caches to fill
+            for way, total in spent.items():
+                seconds[way].append(total)
+    ours_rate, plain_rate = (len(paths) / statistics.median(seconds[way]) for way in ("ours", "plain"))
+    return Result(len(paths), ours_rate, plain_rate, statistics.mean(differences), max(differences))
+
+
+def drawn(path: Path, epoch: int, index: int) -> Sample:
+    """The crop that training draws for this image in this epoch."""
+    with open_picture(path) as picture:
+        width, height = picture.size
+    draws = generator(0, epoch, index, "crop")
+    box = random_crop_box(width, height, MIN_SCALE, draws)
+    return Sample(path, epoch, index, box, mirrored=float(torch.rand((), generator=draws)) < FLIP)
+
+
+class PlainWay:
+    """What most training code does: the whole image by Pillow, then torchvision's published transforms."""
+
+    def __init__(self, image_size: int) -> None:
+        try:
+            from torchvision.transforms import v2
+        except ImportError as error:
+            raise UserError("itpn bench data compares with torchvision; pip install torchvision") from error
+
+        interpolation = v2.InterpolationMode.BICUBIC
+        self._crop = v2.RandomResizedCrop(image_size, interpolation=interpolation, antialias=True)
+        self._flip = v2.RandomHorizontalFlip(p=1)
+        self._to_tensor = v2.PILToTensor()
+
+    def __call__(self, sample: Sample) -> Tensor:
+        left, top, width, height = sample.box
+        # Instead of drawing a box from the global generator, which takes it some microseconds.
+        self._crop.make_params = lambda _: {"left": left, "top": top, "width": width, "height": height}
+        crop = self._crop(Image.open(sample.path).convert("RGB"))
+        pixels: Tensor = self._to_tensor(self._flip(crop) if sample.mirrored else crop)
+        return pixels
+
+
+def mean_difference(ours: Tensor, plain: Tensor) -> float:
+    return float((ours.float() - plain.float()).abs().mean())
+
+
+def table_of(results: dict[str, Result]) -> Table:
+    table = Table("", title="images a second on one core", title_justify="left")
+    for heading in (
+        "images",
+        "itpn",
+        "Pillow + torchvision",
+        "ratio",
+        "mean pixel difference of 255",
+        "of one image",
+    ):
+        table.add_column(heading, justify="right")
+    for name, result in results.items():
+        table.add_row(
+            name,
+            f"{result.num_images}",
+            f"{result.ours:.0f}",
+            f"{result.plain:.0f}",
+            f"{result.ratio:.2f}",
+            f"{result.mean_difference:.3f}",
+            f"up to {result.largest_mean_difference:.3f}",
+        )
+    return table
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)

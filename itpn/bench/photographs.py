@@ -19,7 +19,9 @@ def sizes_of(text: str) -> list[Size]:
     """`500x400,1024x768` as sizes."""
     found = [re.fullmatch(r"([1-9]\d{1,4})x([1-9]\d{1,4})", part) for part in text.split(",")]
     if not all(found):
-        raise UserError(f"--synthetic {text}: give sizes as WIDTHxHEIGHT of 10 pixels or more, with commas between")
+        raise UserError(
+            f"--synthetic {text}: give sizes as WIDTHxHEIGHT of 10 pixels or more, with commas between"
+        )
     return [(int(size[1]), int(size[2])) for size in found if size]
 
 
@@ -31,13 +33,15 @@ def write_photographs(folder: Path, size: Size, number: int) -> list[Path]:
 
 
 def photograph(rng: np.random.Generator, size: Size) -> Image.Image:
-    """Noise with the spectrum of photographs: bumps of all widths, the wider the stronger; greyish, with edges."""
-    width, height = size
-    image = np.zeros((height, width, 3), np.float32)
-    for octave in range(int(np.log2(max(size)))):
-        light, *colours = (noise(rng, (height, width), 2.0**octave) - 0.5 for _ in range(4))
+    """Greyish noise, the wider its bumps the stronger, with some edges: about 2 bits a pixel as a JPEG."""
+    shape = (size[1], size[0])
+    image = np.zeros((*shape, 3), np.float32)
+    for octave in range(9):
+        light = noise(rng, shape, 2.0**octave) - 0.5
         if octave > 4:
             light = 0.5 * np.tanh(20 * light)
-        image += 2 ** (0.8 * octave) * (light[..., None] + 0.3 * np.stack(colours, axis=2))
+        image += 2 ** (0.3 * octave) * light[..., None]
+    for channel in range(3):
+        image[..., channel] += 4 * (noise(rng, shape, 64) - 0.5) + (noise(rng, shape, 4) - 0.5)
     image = 128 + 55 * (image - image.mean()) / image.std()
     return Image.fromarray(image.clip(0, 255).astype(np.uint8))

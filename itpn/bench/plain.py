@@ -4,7 +4,6 @@ Softmax attention as it stands in textbooks, a stem that works on all units befo
 dropped, and torch's default AdamW. Masked feature modeling's part is the library's own.
 """
 
-from copy import deepcopy
 from functools import reduce
 
 import torch
@@ -18,14 +17,14 @@ from itpn.objectives.pixel import PixelObjective
 
 
 class Plain(nn.Module):
-    """An objective's forward pass once more, on a copy of its weights."""
+    """An objective's forward pass once more, with its weights."""
 
     def __init__(self, objective: PixelObjective) -> None:
         super().__init__()
         config = objective.model.config.backbone
         if config.drop_path or config.relative_position_bias:
             raise UserError("--baseline knows neither drop path nor relative positions; leave it out")
-        self.objective = deepcopy(objective)
+        self.objective = objective
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         objective = self.objective

@@ -130,40 +130,37 @@ def measure(recipe: Pretrain, options: Bench, console: Console) -> Figures:
     precision = choose_precision(options.precision, device)
     size = options.device_batch or BATCH[device.type]
     set_numerics(device, precision)
-    torch.manual_seed(0)
-    objective = PixelObjective(recipe.model, recipe.objective).to(device).train()
-    batch = synthetic_batch(objective, size, device)
     num_steps = WARM_UP + options.steps
-    baseline = None
-    if options.baseline:
-        plain = Plain(objective)
-        optimizer = plain_adamw(plain, recipe.optim)
-        baseline = Runner(plain, plain.objective, optimizer, batch, precision, num_steps)
+
+    objective = build(recipe, device)
+    batch = synthetic_batch(objective, size, device)
     if options.compile:
         for block in objective.compile_blocks():
             block.compile()
     ours = Runner(objective, objective, adamw(objective, recipe.optim), batch, precision, num_steps)
-
+    runners = [ours]
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("warming up", total=num_steps)
         for _ in range(WARM_UP):
             ours.step()
             progress.advance(task)
         peak = peak_memory(device)
-        for _ in range(WARM_UP if baseline else 0):
-            baseline.step()  # type: ignore[union-attr]
+        if options.baseline:
+            plain = Plain(build(recipe, device))
+            optimizer = plain_adamw(plain, recipe.optim)
+            runners.append(Runner(plain, plain.objective, optimizer, batch, precision, num_steps))
+            for _ in range(WARM_UP):
+                runners[1].step()
         matrix = ceiling_matrix(device, precision)
         product_seconds(matrix)
         products: list[float] = []
         progress.update(task, description="timing")
         for _ in range(options.steps):
             products += [product_seconds(matrix) for _ in range(PRODUCTS[device.type])]
-            ours.step()
-            if baseline:
-                baseline.step()
+            for runner in runners:
+                runner.step()
             progress.advance(task)
-        ceiling = product_flops(matrix) / statistics.median(products)
-        kinds = profiled(ours.step, device) if options.profile else None
+    parts, *baseline_parts = [runner.parts for runner in runners]  # before a profiled step joins them
     return Figures(
         config=recipe.name,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -173,14 +170,20 @@ def measure(recipe: Pretrain, options: Bench, console: Console) -> Figures:
         torch=torch.__version__,
         threads=torch.get_num_threads(),
         flops_per_image=objective.flops_per_image(),
-        ceiling=ceiling,
-        parts=ours.parts,
-        losses=ours.losses,
+        ceiling=product_flops(matrix) / statistics.median(products),
+        parts=parts,
+        losses=ours.losses[:num_steps],
         peak_memory=peak,
-        baseline_parts=baseline.parts if baseline else None,
-        baseline_losses=baseline.losses if baseline else None,
-        kinds=kinds,
+        baseline_parts=baseline_parts[0] if options.baseline else None,
+        baseline_losses=runners[1].losses if options.baseline else None,
+        kinds=profiled(ours.step, device) if options.profile else None,
     )
+
+
+def build(recipe: Pretrain, device: torch.device) -> PixelObjective:
+    """The same weights every time."""
+    torch.manual_seed(0)
+    return PixelObjective(recipe.model, recipe.objective).to(device).train()
 
 
 def synthetic_batch(objective: PixelObjective, size: int, device: torch.device) -> dict[str, Tensor]:

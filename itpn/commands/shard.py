@@ -13,7 +13,7 @@ import tyro
 from itpn.commands.arguments import parse
 from itpn.data.images import find_images, split_folder
 from itpn.data.shard_writer import ShardSize, Written, write_shards
-from itpn.errors import UserError
+from itpn.errors import UserError, printable
 
 PER_SHARD = 1000
 
@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> None:
 
 def _report(split: str, written: Written) -> None:
     for bad in written.bad:
-        print(f"left out: {bad.path}: {bad.reason}", file=sys.stderr)
+        print(printable(f"left out: {bad.path}: {bad.reason}"), file=sys.stderr)
     left_out = f"; {len(written.bad):,} unreadable files left out" if written.bad else ""
     print(f"{split}: {written.num_images:,} images in {written.num_shards:,} shards{left_out}")
 

@@ -29,6 +29,7 @@ BadImages = list[tuple[int, str]]
 Loaded = tuple[Batch | None, BadImages]
 
 MAX_REPLACEMENTS = 100
+SECONDS_TO_OUTLIVE_SIGTERM = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +85,8 @@ def train_loader(
 ) -> Iterator[Batch]:
     """Micro-batches of one rank from step `start_step` on, without end.
 
-    An unreadable image is replaced by another one, the same in every run. `on_bad` hears of it each time, with
-    the batch that it was meant for; by default it is named on stderr.
+    An unreadable image is replaced by another one, the same in every run. `on_bad` hears of it each time,
+    with the batch that it was meant for; by default it is named on stderr once.
 
     Args:
         draw: What else is random about a sample: generator -> tensors, stacked into the batch. Picklable.
@@ -99,7 +100,7 @@ def train_loader(
     order = MicroBatches(images, seed, batch_size, micro_batch, rank, world_size, start_step)
     samples = TrainSamples(images, config, image_size, draw, seed)
     loader = _data_loader(samples, order, config.workers, device)
-    return _reporting(loader, images, on_bad or _name_on_stderr)
+    return _reporting(loader, images, on_bad or _named_once_on_stderr())
 
 
 def eval_loader(
@@ -122,7 +123,7 @@ def eval_loader(
     mine = range(rank, len(images), world_size)
     order = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     loader = _data_loader(EvalSamples(images, image_size), order, workers, device)
-    return _reporting(loader, images, on_bad or _name_on_stderr)
+    return _reporting(loader, images, on_bad or _named_once_on_stderr())
 
 
 class MicroBatches(Sampler[list[tuple[int, int]]]):
@@ -231,7 +232,7 @@ def _data_loader(
         sampler=order,
         num_workers=workers,
         pin_memory=device is not None and device.type == "cuda",
-        worker_init_fn=_leave_interrupts_to_the_parent,
+        worker_init_fn=_leave_signals_to_the_parent,
         generator=Generator(),  # or it would draw from the global one, which belongs to the model
     )
 
@@ -243,9 +244,11 @@ def default_workers(on_cpu: bool) -> int:
     return min(2, share // 2) if on_cpu else max(1, min(16, share))
 
 
-def _leave_interrupts_to_the_parent(_worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal, and the parent needs its batches to end a step cleanly.
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal, and a scheduler's SIGTERM every process of the job. The
+    # parent needs its batches to end a step cleanly, and then ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_TO_OUTLIVE_SIGTERM))
 
 
 def _reporting(
@@ -260,5 +263,12 @@ def _reporting(
         yield batch
 
 
-def _name_on_stderr(bad: BadImageError) -> None:
-    print(f"unreadable image left out: {printable(bad.path)}: {bad.reason}", file=sys.stderr)
+def _named_once_on_stderr() -> Callable[[BadImageError], None]:
+    heard: set[Path] = set()
+
+    def hear(bad: BadImageError) -> None:
+        if bad.path not in heard:
+            heard.add(bad.path)
+            print(f"unreadable image left out: {printable(bad.path)}: {bad.reason}", file=sys.stderr)
+
+    return hear

@@ -29,8 +29,9 @@ MAX_PIXELS = 1 << 27
 MAX_BYTES = 1 << 29
 """The longest file that is read."""
 
-MAX_SCANS = 100
-"""Of a JPEG. Encoders write about ten at most; each takes a pass over all pixels and but a few bytes."""
+MAX_SCANNED = 16 * MAX_PIXELS
+"""Pixels of a JPEG times its scans: a few seconds. Encoders write some ten scans; bombs thousands, each a few
+bytes long and a pass over all pixels."""
 
 # Outside the coded pixels; the markers that have no length are not looked for, but for the end of the image.
 _JPEG_SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
@@ -84,7 +85,7 @@ class Picture:
             _check_size(*self._image.size)
             if isinstance(self._image, TiffImageFile):
                 _check_tiles(self._image)
-            self._jpeg = _read_jpeg(file) if self._image.format in JPEGS else None
+            self._jpeg = _read_jpeg(file, *self._image.size) if self._image.format in JPEGS else None
             if self._jpeg is None:
                 self._image.load()  # Pillow turns a TIFF upright only here
                 _check_range(self._image)
@@ -258,18 +259,19 @@ def _check_range(image: Image.Image) -> None:
             raise ValueError("pixels outside 0 to 65535; convert the file to 8 or 16 bits")
 
 
-def _read_jpeg(file: BinaryIO) -> bytes:
+def _read_jpeg(file: BinaryIO, width: int, height: int) -> bytes:
     """The file's bytes, if decoding them takes a reasonable time."""
     file.seek(0)
     data = file.read()
-    if data.count(_START_OF_SCAN) <= MAX_SCANS:  # a quick look; some may be inside other segments
+    most = MAX_SCANNED // max(1, width * height)
+    if data.count(_START_OF_SCAN) <= most:  # a quick look; some may be inside other segments
         return data
     num_scans, place = 0, 2
     while (segment := _JPEG_SEGMENT.search(data, place)) and segment[0] != _END_OF_IMAGE:
         num_scans += segment[0] == _START_OF_SCAN
         place = segment.end() + int.from_bytes(data[segment.end() : segment.end() + 2])
-    if num_scans > MAX_SCANS:
-        raise ValueError(f"a JPEG of {num_scans:,} scans; the limit is {MAX_SCANS}")
+    if num_scans > most:
+        raise ValueError(f"a JPEG of {num_scans:,} scans of {width:,} x {height:,} pixels")
     return data
 
 

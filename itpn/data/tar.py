@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from itpn.errors import UserError
+from itpn.errors import UserError, printable
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_EXTENSION = 1 << 20
@@ -43,7 +43,9 @@ class BadTarError(UserError):
     """An archive that is damaged, truncated or of a kind that cannot be read at offsets."""
 
     def __init__(self, path: Path, offset: int, reason: str) -> None:
-        super().__init__(f"{path}, byte {offset:,}: {reason}; write the archive again or remove it")
+        super().__init__(
+            f"{path}, byte {offset:,}: {printable(reason)}; write the archive again or remove it"
+        )
 
 
 def members(path: Path) -> Iterator[Member]:

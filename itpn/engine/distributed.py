@@ -180,7 +180,10 @@ def join_world(device_name: DeviceName) -> Iterator[World]:
     if size > 1:
         # Naming the device lets NCCL connect at once, not in the middle of the first step.
         bound = device if device.type == "cuda" else None
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=bound)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=_store_of_attempt(), rank=rank, world_size=size, device_id=bound
+        )
     on_gpus = size > 1 and device.type == "cuda"
     control = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if on_gpus else None
     try:
@@ -193,3 +196,16 @@ def join_world(device_name: DeviceName) -> Iterator[World]:
             # Gloo's threads outlive the group, which DistributedDataParallel keeps, and let go of the last
             # tensors a moment after the exchange. Python must still be whole then, or the process aborts.
             time.sleep(0.2)
+
+
+def _store_of_attempt() -> dist.Store | None:
+    """Where the ranks find each other; None: torch's own choice.
+
+    torchrun lends its workers its own store, where those that it restarts after a failure would find the
+    addresses of the dead. On several nodes the attempts are not numbered alike (see docs/running.md).
+    """
+    environment = os.environ
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or environment["GROUP_WORLD_SIZE"] != "1":
+        return None
+    store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))
+    return dist.PrefixStore(f"attempt {environment['TORCHELASTIC_RESTART_COUNT']}", store)

@@ -1,5 +1,6 @@
 """Files of JSON lines that grow with a run: metrics.jsonl, speed.jsonl, bad_images.jsonl."""
 
+import contextlib
 import json
 import math
 import os
@@ -13,18 +14,19 @@ from itpn.engine.checkpoint import sync
 class Journal:
     """Appends lines. A checkpoint keeps the size, and a resumed run drops what was written after it.
 
-    Lines that cannot be written, on a full disk, are kept and tried again with the next.
+    Lines that cannot be written, on a full disk, are kept, also by a checkpoint, and tried again with the next.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
         self.path, self.say = path, say
         self.size, self.waiting = 0, b""
 
-    def state_dict(self) -> dict[str, int]:
-        return {"size": self.size}
+    def state_dict(self) -> dict[str, Any]:
+        return {"size": self.size, "waiting": self.waiting.decode(errors="surrogateescape")}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.size = state["size"]
+        self.waiting = state.get("waiting", "").encode(errors="surrogateescape")
 
     def begin(self) -> None:
         """Drops the lines of steps that will be taken again."""
@@ -45,11 +47,15 @@ class Journal:
                 self.say(f"cannot write {self.path} ({error.strerror}): keeping its lines, training goes on")
 
     def sync(self) -> None:
-        """What could be written is on the disk."""
+        """What can be written is on the disk."""
+        with contextlib.suppress(OSError):
+            self._write()
         if self.path.exists():
             sync(self.path)
 
     def _write(self) -> None:
+        if not self.waiting:
+            return
         with self.path.open("ab", buffering=0) as file:
             while self.waiting:
                 written = file.write(self.waiting)

@@ -6,6 +6,7 @@ speed.jsonl holds what depends on the clock and the machine.
 
 import resource
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -64,11 +65,13 @@ class Log:
             self.board = SummaryWriter(self.run.directory / "tensorboard", purge_step=purge)
 
     def __enter__(self) -> Self:
+        self.excepthook, threading.excepthook = threading.excepthook, self._failed_in_thread
         if self.run.world.is_main and self.run.console.is_terminal:
             self.live.start()
         return self
 
     def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
+        threading.excepthook = self.excepthook
         if self.run.world.is_main:
             self.live.stop()
             with self._accessory():
@@ -110,6 +113,11 @@ class Log:
                 else:
                     self.board.add_scalar(name, value, step)
 
+    def _failed_in_thread(self, failure: threading.ExceptHookArgs) -> None:
+        # TensorBoard's thread hands its OSError to the next call too, which tells it in one line.
+        if not issubclass(failure.exc_type, OSError):
+            self.excepthook(failure)
+
     @contextmanager
     def _accessory(self) -> Iterator[None]:
         """What training can do without: its failure is told and passed over."""
@@ -120,12 +128,12 @@ class Log:
                 self.run.say(f"cannot write to {self.run.directory} ({error.strerror or error}): going on")
             self.complained = True
 
-    def sync(self) -> None:
+    def sync(self, *others: Journal) -> None:
         """Everything written is on the disk; called before a checkpoint that counts on it."""
         if self.run.world.is_main:
             with self._accessory():
-                self.metrics.sync()
-                self.speed.sync()
+                for journal in (self.metrics, self.speed, *others):
+                    journal.sync()
                 self.board.flush()
 
     @contextmanager

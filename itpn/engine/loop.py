@@ -9,6 +9,7 @@ from typing import NoReturn, Protocol, cast
 
 import torch
 from PIL.Image import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from itpn.engine import checkpoint, device_batch, replay
@@ -318,7 +319,10 @@ class Training:
         model = checkpoint.model_tensors(self.objective, keep=self.world.is_main)
         kept = self.place.directory / "replay"
         if self.world.is_main:
-            replay.write(kept, bad, model, self.place.config)
+            try:
+                replay.write(kept, bad, model, self.place.config)
+            except (OSError, SafetensorError) as error:
+                self.place.say(f"could not keep the step in {kept} ({error})")
         self.watch.num_skipped += 1
         if self.watch.num_skipped > self.loop.skip_bad_steps:
             raise UserError(
@@ -357,7 +361,7 @@ class Training:
                 self.bad.share(step, step * self.loop.batch_size)
 
     def _save(self, step: int) -> None:
-        self.log.sync()
+        self.log.sync(self.bad.journal)
         self.saver.save(step)
 
     def _stop(self, step: int, signal: int) -> NoReturn:

@@ -68,7 +68,7 @@ class Run:
 
     def note(self, **values: Any) -> None:
         if self.world.is_main:
-            write_text(self.directory / "run.json", json.dumps({**self.notes, **values}, indent=1) + "\n")
+            self._write("run.json", {**self.notes, **values})
 
     def finish(self, step: int) -> None:
         """Marks the run as finished: the last thing that happens to it."""
@@ -81,7 +81,7 @@ class Run:
     def begin(self) -> None:
         """Once it is sure that the run goes on with this config: writes it down."""
         if self.world.is_main:
-            write_text(self.directory / "config.json", json.dumps(self.config, indent=1) + "\n")
+            self._write("config.json", self.config)
 
     def pin(self, name: str, value: str) -> None:
         """Something besides the config that must stay as the run found it at first, e.g. its images."""
@@ -90,6 +90,15 @@ class Run:
         changed = [(name, before, value)] if before != value else []
         self._accept(changed, [name for name, *_ in changed])
         self.note(**{name: value})
+
+    def _write(self, name: str, values: Mapping[str, Any]) -> None:
+        try:
+            write_text(self.directory / name, json.dumps(values, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.directory / name} ({error.strerror}): "
+                "make room there and give the same command again, or name another --run-dir"
+            ) from error
 
     def _accept(self, changes: list[tuple[str, Any, Any]], refused: list[str]) -> None:
         """Shows what changed; an error if any of it may not, once there is training that it would spoil."""

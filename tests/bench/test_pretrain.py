@@ -1,6 +1,7 @@
 """The benchmark measures the code that trains, and counts what that code does."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ config = replace(config, model=_toy.model.config, objective=_toy.config)
 )
 def test_the_plain_model_has_the_same_loss_and_gradient(setting, precision):
     objective = toy_objective(**setting)
-    plain, batch = Plain(objective), toy_batch(objective)
+    plain, batch = Plain(deepcopy(objective)), toy_batch(objective)
     ours, theirs = (micro_step(model, batch, precision)["loss"] for model in (objective, plain))
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
     for mine, own in zip(objective.parameters(), plain.objective.parameters(), strict=True):
@@ -54,7 +55,7 @@ def test_figures(tmp_path, capsys, features):
     for parts in (figures["parts"], figures["baseline_parts"]):
         assert {"teacher", "teacher's average"} <= set(parts) if features else "teacher" not in parts
         assert min(parts.values()) > 0
-    assert figures["losses"] == pytest.approx(figures["baseline_losses"] + figures["losses"][-1:], abs=1e-4)
+    assert figures["losses"] == pytest.approx(figures["baseline_losses"], abs=1e-4)
     assert figures["flops"] == figures["flops_per_image"] * figures["images_per_s"]
     assert figures["ratio"] == figures["flops"] / figures["ceiling"]
     assert {kind for kind, seconds in figures["kinds"].items() if seconds} >= {"matmul", "norm", "GELU"}
@@ -107,5 +108,3 @@ def test_flops_by_hand(features, masks):
         student += units * decoder * (16 * width // 4 + 4 * width // 2 + width)
         teacher = macs_of_backbone(units, width, (1, 1, 2))
     assert objective.flops_per_image() == 6 * masks * student + 2 * teacher
-
-

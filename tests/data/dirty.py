@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 ORANGE, WHITE, GREY = (200, 100, 50), (255, 255, 255), (120, 120, 120)
-SIZE = (24, 16)
+SIZE, LARGE = (24, 16), (2048, 2048)
 
 
 class Readable(NamedTuple):
@@ -66,7 +66,7 @@ def bmp(width: int, height: int) -> bytes:
 
 def jpeg_scans(progressive: bool, num_more: int) -> bytes:
     """Further scans without any pixels, each of which the decoder fills up over the whole image."""
-    data = encoded(flat(), "JPEG", progressive=progressive)
+    data = encoded(flat(size=LARGE), "JPEG", progressive=progressive)
     start = data.rindex(b"\xff\xda") if progressive else data.index(b"\xff\xda")
     if progressive:
         length = 2 + int.from_bytes(data[start + 2 : start + 4])
@@ -118,11 +118,11 @@ READABLE = {
     "a-jpeg.png": Readable(encoded(flat(), "JPEG")),
     "grey.jpg": Readable(encoded(Image.new("L", SIZE, 120), "JPEG"), colour=GREY),
     "progressive.jpg": Readable(encoded(flat(), "JPEG", progressive=True)),
-    "many-scans.jpg": Readable(jpeg_scans(progressive=True, num_more=80)),
+    "many-scans.jpg": Readable(jpeg_scans(progressive=True, num_more=20), LARGE),
     "cmyk.jpg": Readable(encoded(flat("CMYK"), "JPEG")),
     "ycck.jpg": Readable(ycck(), colour=GREY),
-    "trailing.jpg": Readable(encoded(flat(), "JPEG") + b"\xff\xd9 a film follows " + b"\xff\xda" * 5000),
-    "metadata.jpg": Readable(encoded(flat(), "JPEG", comment=b"\xff\xda" * 5000)),
+    "trailing.jpg": Readable(encoded(flat(size=LARGE), "JPEG") + b" then a film " + b"\xff\xda" * 600, LARGE),
+    "metadata.jpg": Readable(encoded(flat(size=LARGE), "JPEG", comment=b"\xff\xda" * 600), LARGE),
     "several.jpg": Readable(encoded(flat(), "MPO", save_all=True, append_images=[noise()])),
     "broken-exif.jpg": Readable(encoded(flat(), "JPEG", exif=b"Exif\0\0II*\0" + b"\xff" * 40)),
     **{f"turned-{turn}.jpg": Readable(exif(turn), SIZE[:: 1 if turn < 5 else -1]) for turn in range(1, 9)},

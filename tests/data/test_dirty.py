@@ -90,7 +90,7 @@ def test_small_files_that_decode_for_minutes_are_refused_before_decoding(
         monkeypatch.undo()
         path.write_bytes(jpeg_scans(progressive, num_more=60))
         load_image(path)
-        data = jpeg_scans(progressive, num_more=120)
+        data = jpeg_scans(progressive, num_more=520)
         monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.load", lambda self: pytest.fail("decoded"))
         head, first, scans = data.partition(b"\xff\xda")
         # Nor do scans hide behind bytes that the decoder skips.
@@ -220,7 +220,7 @@ def test_check_data_finds_what_training_would(
         assert f"{entry['file']}: {entry['reason']}\n" in printed
     assert f"{len(READABLE)} of {len(READABLE) + len(UNREADABLE)} images can be read" in printed
     assert "training stops at 5%" in printed
-    assert "smallest 1 x 1, median 24 x 16, largest 3,000 x 1" in printed
+    assert "smallest 1 x 1, median 24 x 16, largest 2,048 x 2,048" in printed
     assert f"2 classes of {len(UNREADABLE)} (unreadable) to {len(READABLE)} (readable)" in printed
     for trait in (
         "3 CMYK",

@@ -493,6 +493,8 @@ def test_where_a_label_is_missing_there_are_none(tmp_path: Path) -> None:
 def test_a_label_that_is_none_is_named(tmp_path: Path, content: bytes) -> None:
     write_tar(tmp_path / "a.tar", {"x/0.cls": content, "x/0.jpg": jpeg()})
     assert f"{tmp_path / 'a.tar'}, byte 512: x/0.cls is no class id" in error_of(tmp_path)
+    write_tar(tmp_path / "a.tar", {"\x1b[31m\n.cls": content})
+    assert r": \x1b[31m\n.cls is no class id" in error_of(tmp_path)
 
 
 def test_members_that_are_no_plain_images_are_counted(tmp_path: Path) -> None:

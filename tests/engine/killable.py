@@ -6,11 +6,13 @@ DIRECTORY/traps.json holds [rank, event, number, action, argument] …, where th
     step      the loop begins the step of that number (from 0)
     start     the n-th (from 1) fsync or rename before the first step
     save      the n-th fsync or rename after it
+    forward   the n-th forward pass, of a micro-step
     knn       the n-th batch of a k-NN evaluation
 and the action a method of Traps. They hold for the first attempt of torchrun only. What each rank is fed is
 noted in DIRECTORY/fed-RANK.jsonl.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -86,6 +88,9 @@ class Traps:
     def free_disk(self, path: str) -> None:
         os.unlink(path)
 
+    def list_files(self, path: str) -> None:
+        (self.directory / "files").write_text(" ".join(sorted(os.listdir(path))))
+
     def _signal(self, send, target: int, number: int) -> None:
         (self.directory / "signalled").write_text(str(time.time()))
         send(target, number)
@@ -97,7 +102,7 @@ def install(traps: Traps) -> None:
     from itpn.objectives.pixel import PixelObjective
 
     begin_step, forward, knn = PixelObjective.begin_step, PixelObjective.forward, tasks.knn
-    fed = (traps.directory / f"fed-{RANK}.jsonl").open("a", buffering=1)
+    fed = (traps.directory / f"fed-{RANK}.jsonl").open("ab", buffering=0)
 
     def begin_step_(objective, step, num_steps):
         traps.step, traps.micro_step = step, 0
@@ -113,8 +118,10 @@ def install(traps: Traps) -> None:
             ]
             for i in range(len(batch["index"]))
         ]
-        fed.write(json.dumps([traps.step, traps.micro_step, samples]) + "\n")
+        with contextlib.suppress(OSError):  # where no file may grow, this one does not either
+            fed.write(json.dumps([traps.step, traps.micro_step, samples]).encode() + b"\n")
         traps.micro_step += 1
+        traps.happened("forward")
         return forward(objective, batch)
 
     def knn_(features_of, *arguments, **named):

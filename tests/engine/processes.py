@@ -32,6 +32,10 @@ TINY = (
 """A real config, made tiny: masked feature modeling with its teacher, drop path; k-NN; two bad images."""
 
 
+Trap = tuple[object, ...]
+"""Rank, event, number, action, argument, as in killable.py."""
+
+
 @dataclass(frozen=True)
 class Ended:
     status: int
@@ -59,7 +63,7 @@ def write_images(root: Path) -> None:
 def itpn(
     directory: Path,
     arguments: Sequence[object],
-    traps: Sequence[tuple[int, str, int, str, object]] = (),
+    traps: Sequence[Trap] = (),
     *,
     ranks: int = 1,
     max_restarts: int = 0,
@@ -99,12 +103,25 @@ def itpn(
 
 
 def train(
-    images: Path, run: Path, traps: Sequence[tuple[int, str, int, str, object]] = (), *fields: object, **how
+    images: Path,
+    run: Path,
+    traps: Sequence[Trap] = (),
+    *fields: object,
+    ranks: int = 1,
+    max_restarts: int = 0,
+    before: Sequence[str] = (),
+    beside: Path | None = None,
 ) -> Ended:
     """The tiny run in directory `run`; what the processes were fed is noted beside it."""
-    ranks = how.get("ranks", 1)
     given = ["--data.root", images, "--run-dir", run, "--device-batch", 4 // ranks, *fields]
-    return itpn(run.with_name(f"{run.name}-process"), ["train", *TINY, *given], traps, **how)
+    return itpn(
+        beside or run.with_name(f"{run.name}-process"),
+        ["train", *TINY, *given],
+        traps,
+        ranks=ranks,
+        max_restarts=max_restarts,
+        before=before,
+    )
 
 
 def outcome(run: Path) -> dict[str, object]:

@@ -17,10 +17,10 @@ from itpn.engine.run import Run
 from itpn.engine.schedule import CosineConfig
 from tests.toys import toy_batch, toy_objective
 
-BATCH_SIZE, STEPS_PER_EPOCH, STOP = 8, 4, 5
+BATCH_SIZE, STEPS_PER_EPOCH, STOP = 8, 4, 7
 COMMAND = (
-    "train pretrain_demo --data.root images --run-dir run --device cpu --epochs 2 --batch-size 8 "
-    "--device-batch 2 --data.workers 0 --picture-every 1 --knn.every 1 --knn.batch-size 3 "
+    "train pretrain_demo --data.root images --run-dir run --device cpu --epochs 3 --batch-size 8 "
+    "--device-batch 2 --log-every 1 --data.workers 0 --picture-every 1 --knn.every 1 --knn.batch-size 3 "
     "--model.backbone.size itpn_pico --model.backbone.image-size 32 --objective.decoder.depth 1"
 )
 
@@ -120,8 +120,8 @@ def main(directory: Path) -> None:
         pretrain(directory / "nan", world, diverging(), strategy="fsdp", max_steps=4, skip_bad_steps=1)
 
         with patch("itpn.tasks.join_world", lambda device: nullcontext(world)):  # there is one already
-            status = cli.main([*COMMAND.split(), "--strategy", "fsdp"])
-        assert status == 0
+            for strategy in ("--strategy ddp --max-steps 1", "--strategy fsdp"):
+                assert cli.main([*COMMAND.split(), *strategy.split()]) == 0
 
 
 if __name__ == "__main__":

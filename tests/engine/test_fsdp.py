@@ -134,13 +134,13 @@ def test_a_bad_step_is_kept_whole(runs: Path) -> None:
 def test_the_command_line_from_start_to_end(runs: Path) -> None:
     run = runs / "run"
     assert json.loads((run / "config.json").read_text())["loop"]["strategy"] == "fsdp"
-    assert len(column(run)) == 2
-    assert len(column(run, "knn_top1")) == 3
-    assert (run / "pictures/reconstruction-0002.png").is_file()
+    assert len(column(run)) == 3
+    assert len(column(run, "knn_top1")) == 4
+    assert (run / "pictures/reconstruction-0003.png").is_file()
     weights = files.read(run / "pretrained.safetensors")
     model = Model(weights.part("model", ModelConfig))
     model.load_state_dict(weights.tensors)
-    with safe_open(run / "checkpoints/00000002/model.safetensors", framework="pt") as file:
+    with safe_open(run / "checkpoints/00000003/model.safetensors", framework="pt") as file:
         assert all(file.get_tensor(f"model.{name}").equal(t) for name, t in weights.tensors.items())
 
 
