@@ -72,7 +72,7 @@ def read_all(tallies: Mapping[str, Tally], num_workers: int, out: Path | None) -
     """Fills the tallies; each unreadable image is named as soon as it is met."""
     with ExitStack() as stack:
         file = stack.enter_context(_created(out)) if out else None
-        console = Console(stderr=True)
+        console = Console(stderr=True, soft_wrap=True)
         bar = stack.enter_context(_bar(console))
         for split, tally in tallies.items():
             task = bar.add_task(split, total=len(tally.images))

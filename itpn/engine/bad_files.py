@@ -7,7 +7,7 @@ from typing import Any
 
 from itpn.engine.journal import Journal
 from itpn.engine.run import Run
-from itpn.errors import UserError
+from itpn.errors import UserError, printable
 
 MIN_SEEN = 1000
 
@@ -60,7 +60,7 @@ class BadFiles:
             if self.run.world.is_main and name not in self.named:
                 self.named.add(name)
                 self.journal.add({"step": step, "file": name, "reason": reason})
-                self.run.say(f"unreadable image left out: {name}: {reason}")
+                self.run.say(printable(f"unreadable image left out: {name}: {reason}"))
         limit = self.max_share * max(num_seen, self.min_seen)
         if any(replaced for *_, replaced in met) and self.num_replaced > limit:
             raise UserError(

@@ -9,6 +9,7 @@ import torch
 from itpn.bench.plain import Plain
 from itpn.bench.pretrain import run
 from itpn.bench.profile import kind_of
+from itpn.commands import bench
 from itpn.engine.step import micro_step
 from itpn.errors import UserError
 from tests.toys import toy_batch, toy_objective
@@ -108,3 +109,8 @@ def test_flops_by_hand(features, masks):
         student += units * decoder * (16 * width // 4 + 4 * width // 2 + width)
         teacher = macs_of_backbone(units, width, (1, 1, 2))
     assert objective.flops_per_image() == 6 * masks * student + 2 * teacher
+
+
+def test_an_unknown_subject_is_an_error():
+    with pytest.raises(UserError, match="pretrain, data, memory"):
+        bench.run(["pretraining"])
