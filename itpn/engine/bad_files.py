@@ -39,8 +39,8 @@ class BadFiles:
         if self.run.world.is_main:
             self.journal.begin()
             if self.journal.path.exists():
-                lines = self.journal.path.read_text(encoding="utf-8").splitlines()
-                self.named = {json.loads(line)["file"] for line in lines}
+                lines = self.journal.path.read_bytes().split(b"\n")  # a name may hold other ends of lines
+                self.named = {json.loads(line)["file"] for line in lines if line}
 
     def met(self, path: Path, reason: str, *, replaced: bool) -> None:
         """By a loader of this rank, for a training sample that was replaced, or in an evaluation."""

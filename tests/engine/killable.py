@@ -19,6 +19,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -90,6 +91,10 @@ class Traps:
 
     def list_files(self, path: str) -> None:
         (self.directory / "files").write_text(" ".join(sorted(os.listdir(path))))
+
+    def run_beside(self, arguments: list[str]) -> None:
+        done = subprocess.run([sys.executable, "-m", "itpn", *arguments], capture_output=True, text=True, timeout=100)
+        print(done.stderr, f"beside: {done.returncode}", sep="\n", flush=True)
 
     def _signal(self, send, target: int, number: int) -> None:
         (self.directory / "signalled").write_text(str(time.time()))

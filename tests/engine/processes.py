@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from itpn.engine import checkpoint
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 240.0
+TIMEOUT = 150.0
 NUM_IMAGES, NUM_STEPS, STEPS_PER_EPOCH = 43, 60, 5
 TINY = (
     "pretrain_demo --model.backbone.size itpn_pico --model.backbone.image-size 32 "

@@ -64,6 +64,7 @@ def test_too_many_stop_the_run(tmp_path: Path, num_files: int, allowed: int) -> 
 
 def test_a_name_that_is_not_unicode(tmp_path: Path) -> None:
     bad = bad_files(tmp_path)
-    bad.met(Path("\udcff\n.jpg"), "cut short", replaced=True)
+    bad.met(Path("\udcff\n\u2028.jpg"), "cut short", replaced=True)
     bad.share(1, 64)
-    assert lines(tmp_path)[0]["file"] == "\\udcff\n.jpg"
+    again = bad_files(tmp_path, state=bad.state_dict())
+    assert again.named == {"\\udcff\n\u2028.jpg"}

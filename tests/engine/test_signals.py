@@ -43,7 +43,14 @@ def test_interrupted_again_and_again_equals_uninterrupted(images: Path, tmp_path
     assert saving.status == 130, saving.output
     stopped_cleanly(saving, INT, 21)
 
-    assert train(images, run).status == 0
+    weights = run / "checkpoints/00000021/model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    finished = train(images, run)
+    assert finished.status == 0, finished.output
+    assert "00000021 is damaged (model.safetensors: its hash differs): going back to" in finished.output
+    assert "step 20 of 60" in finished.output
     assert outcome(run) == outcome(whole)
 
 
@@ -64,8 +71,7 @@ def test_under_torchrun(images: Path, tmp_path: Path, whole_on_2_ranks: Path) ->
         ended = train(images, run, [trap], *RARELY, "--data.workers", 1, ranks=2)
         assert ended.status != 0
         print(f"{ended.seconds_since_signal:.1f} s from {signal.Signals(number).name} to torchrun's exit")
-        print(ended.output)
-        assert f"stopped at step {step} of 60" in ended.output
+        assert f"stopped at step {step} of 60" in ended.output, ended.output
         assert (run / "checkpoints/last").read_text() == f"{step:08d}"
     assert train(images, run, ranks=2).status == 0
     assert outcome(run) == outcome(whole_on_2_ranks)
