@@ -9,7 +9,7 @@ SUBJECTS = {
         "itpn.bench.pretrain",
         "a config's training step on synthetic data, beside the matmul ceiling",
     ),
-    "data": ("itpn.bench.data", "loading alone: images per second by number of workers"),
+    "data": ("itpn.bench.data", "images per second that one core loads, beside Pillow + torchvision"),
     "memory": ("itpn.bench.memory", "resident memory over thousands of steps"),
 }
 

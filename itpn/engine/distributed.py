@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -198,7 +199,7 @@ def join_world(device_name: DeviceName) -> Iterator[World]:
             time.sleep(0.2)
 
 
-def _store_of_attempt() -> dist.Store | None:
+def _store_of_attempt() -> PrefixStore | None:
     """Where the ranks find each other; None: torch's own choice.
 
     torchrun lends its workers its own store, where those that it restarts after a failure would find the
@@ -207,5 +208,5 @@ def _store_of_attempt() -> dist.Store | None:
     environment = os.environ
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or environment["GROUP_WORLD_SIZE"] != "1":
         return None
-    store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))
-    return dist.PrefixStore(f"attempt {environment['TORCHELASTIC_RESTART_COUNT']}", store)
+    store = TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))
+    return PrefixStore(f"attempt {environment['TORCHELASTIC_RESTART_COUNT']}", store)

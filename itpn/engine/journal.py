@@ -14,7 +14,7 @@ from itpn.engine.checkpoint import sync
 class Journal:
     """Appends lines. A checkpoint keeps the size, and a resumed run drops what was written after it.
 
-    Lines that cannot be written, on a full disk, are kept, also by a checkpoint, and tried again with the next.
+    Lines that cannot be written, on a full disk, are kept, by checkpoints too, and tried again with the next.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:

@@ -93,7 +93,9 @@ class Traps:
         (self.directory / "files").write_text(" ".join(sorted(os.listdir(path))))
 
     def run_beside(self, arguments: list[str]) -> None:
-        done = subprocess.run([sys.executable, "-m", "itpn", *arguments], capture_output=True, text=True, timeout=100)
+        done = subprocess.run(
+            [sys.executable, "-m", "itpn", *arguments], capture_output=True, text=True, timeout=100
+        )
         print(done.stderr, f"beside: {done.returncode}", sep="\n", flush=True)
 
     def _signal(self, send, target: int, number: int) -> None:
@@ -119,7 +121,10 @@ def install(traps: Traps) -> None:
             [
                 int(batch["epoch"][i]),
                 int(batch["index"][i]),
-                *(hashlib.sha256(batch[name][i].numpy().tobytes()).hexdigest()[:16] for name in sorted(batch)),
+                *(
+                    hashlib.sha256(batch[name][i].numpy().tobytes()).hexdigest()[:16]
+                    for name in sorted(batch)
+                ),
             ]
             for i in range(len(batch["index"]))
         ]

@@ -21,14 +21,14 @@ from itpn.engine import checkpoint
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 150.0
-NUM_IMAGES, NUM_STEPS, STEPS_PER_EPOCH = 43, 60, 5
-TINY = (
-    "pretrain_demo --model.backbone.size itpn_pico --model.backbone.image-size 32 "
-    "--model.backbone.drop-path 0.1 --model.pyramid.width 16 --objective.decoder.width 32 "
-    "--objective.decoder.depth 1 --objective.decoder.num-heads 2 --epochs 12 --batch-size 8 --device cpu "
-    "--log-every 1 --picture-every 0 --knn.every 4 --knn.k 3 --checkpoint-minutes 0 --keep-last 3 "
-    "--data.max-bad-share 0.5"
-).split()
+NUM_IMAGES, NUM_STEPS = 43, 60
+TINY = """
+    pretrain_demo --model.backbone.size itpn_pico --model.backbone.image-size 32
+    --model.backbone.drop-path 0.1 --model.pyramid.width 16 --objective.decoder.width 32
+    --objective.decoder.depth 1 --objective.decoder.num-heads 2 --epochs 12 --batch-size 8 --device cpu
+    --log-every 1 --picture-every 0 --knn.every 4 --knn.k 3 --checkpoint-minutes 0 --keep-last 3
+    --data.max-bad-share 0.5
+""".split()  # noqa: SIM905
 """A real config, made tiny: masked feature modeling with its teacher, drop path; k-NN; two bad images."""
 
 
@@ -142,7 +142,7 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def fed(run: Path, num_ranks: int = 1) -> dict[int, list[list[object]]]:
-    """Every sample by step, in the order of its place in the global batch: epoch, index, hashes of all tensors.
+    """Each step's samples in the order of the global batch: epoch, index, hashes of all tensors.
 
     Of a step that was taken again, what was fed last.
     """

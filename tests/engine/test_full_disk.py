@@ -12,7 +12,9 @@ from tests.engine.processes import outcome, train
 
 EVERY_STEP = ("--checkpoint-minutes", 0)
 UNSHARE = ["unshare", "--map-root-user", "--mount"]
-ON_A_SMALL_DISK = 'mount -t tmpfs -o size=24m none "$0" && { "$@"; status=$?; cp -r "$0/run" "$0.kept"; exit $status; }'
+ON_A_SMALL_DISK = (
+    'mount -t tmpfs -o size=24m none "$0" && { "$@"; status=$?; cp -r "$0/run" "$0.kept"; exit $status; }'
+)
 
 
 def may_mount() -> bool:
@@ -37,7 +39,9 @@ def test_a_full_disk(images: Path, tmp_path: Path, whole: Path) -> None:
     assert ended.status == 143, ended.output
     assert "Traceback" not in ended.output
     assert (tmp_path / "process/files").read_text() == "00000010 00000011 00000012 last"
-    assert re.search(r"checkpoint of step 13 \(.*No space left.*\); the newest is step 12's. Training", ended.output)
+    assert re.search(
+        r"checkpoint of step 13 \(.*No space left.*\); the newest is step 12's. Training", ended.output
+    )
     assert "metrics.jsonl (No space left on device): keeping its lines, training goes on" in ended.output
     assert "stopped at step 33 of 60; the same command goes on from step 30" in ended.output
     run = tmp_path / "disk.kept"

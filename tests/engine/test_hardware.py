@@ -1,4 +1,4 @@
-"""Other numbers of ranks, workers and images at once: the same batches, and the same losses up to rounding."""
+"""Other numbers of ranks, workers and images at once: the same batches, the same losses up to rounding."""
 
 import shutil
 from collections.abc import Iterator
@@ -24,7 +24,16 @@ def test_two_ranks_and_one_are_fed_alike_and_learn_alike(whole: Path, whole_on_2
 def test_bf16_on_two_ranks_and_on_one(images: Path, tmp_path: Path) -> None:
     runs = [tmp_path / str(ranks) for ranks in (1, 2)]
     for ranks, run in enumerate(runs, start=1):
-        fields = ("--precision", "bf16", "--max-steps", 50, "--knn.every", 0, "--data.workers", 3 * (2 - ranks))
+        fields = (
+            "--precision",
+            "bf16",
+            "--max-steps",
+            50,
+            "--knn.every",
+            0,
+            "--data.workers",
+            3 * (2 - ranks),
+        )
         ended = train(images, run, [], *fields, "--checkpoint-minutes", 10, ranks=ranks)
         assert ended.status == 0, ended.output
     assert fed(runs[0]) == fed(runs[1], num_ranks=2)
@@ -44,7 +53,9 @@ def test_resumed_on_another_number_of_ranks(
     assert "step 10 of 60" in ended.output
     later = fed(run, num_ranks=after)
     assert sorted(later) == list(range(10, NUM_STEPS))
-    assert all(later[step] == samples for step, samples in fed(started, num_ranks=before).items() if step >= 10)
+    assert all(
+        later[step] == samples for step, samples in fed(started, num_ranks=before).items() if step >= 10
+    )
     assert_alike(losses(started), losses(run), range(11, NUM_STEPS + 1), 1e-6)
 
 
@@ -78,7 +89,9 @@ def test_batches_do_not_depend_on_workers_and_ranks(images: Path) -> None:
         """All ranks' samples in their order."""
         streams = [loader(workers, rank, num_ranks, micro_batch) for rank in range(num_ranks)]
         count = num_samples // num_ranks // micro_batch
-        parts = [part for together in zip(*(islice(s, count) for s in streams), strict=True) for part in together]
+        parts = [
+            part for together in zip(*(islice(s, count) for s in streams), strict=True) for part in together
+        ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     first = batches(0, 1, 8)

@@ -5,6 +5,7 @@ The moments are drawn from a seed that is printed; KILL_SEED=n repeats one.
 
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -21,7 +22,7 @@ EVERY_EPOCH = ("--checkpoint-every", 1)
 
 
 def killed(source: random.Random, kind: str, images: Path, run: Path, ranks: int) -> None:
-    """One attempt that ends at a moment of this kind: while it starts, at a step, in a save, or at some time."""
+    """An attempt that ends at a moment of this kind: while it starts, at a step, in a save, at some time."""
     last = run / "checkpoints" / "last"
     step = int(last.read_text()) if last.is_file() else 0
     match kind:
@@ -30,9 +31,9 @@ def killed(source: random.Random, kind: str, images: Path, run: Path, ranks: int
         case "step":
             trap, fields = (0, "step", step + source.randint(1, 7), "kill_all", 0), EVERY_EPOCH
         case "save":
-            trap, fields = (0, "save", source.randint(1, 27), "kill_all", 0), EVERY_STEP
+            trap, fields = (0, "save", source.randint(1, 36), "kill_all", 0), EVERY_STEP
         case _:
-            trap, fields = (0, "step", step + 1, "kill_all", source.uniform(0, 0.2)), EVERY_STEP
+            trap, fields = (0, "step", step + 1, "kill_all", source.uniform(0, 0.1)), EVERY_STEP
     workers = source.choice([0, 1, 2])
     print(f"killed at {trap}, having {step} steps, with {fields} and {workers} workers")
     ended = train(images, run, [trap], *fields, "--data.workers", workers, ranks=ranks)
@@ -54,6 +55,19 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert ended.status == 0, ended.output
     uninterrupted = request.getfixturevalue("whole" if ranks == 1 else "whole_on_2_ranks")
     assert outcome(run) == outcome(uninterrupted)
+
+
+def test_killed_while_it_finishes(images: Path, tmp_path: Path, whole: Path) -> None:
+    """After the twelve operations of its last save, while it marks the run as finished."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "run.json").unlink()
+    (run / "checkpoints/last").write_text("00000050")
+    ended = train(images, run, [(0, "save", 13, "kill_all", 0)], "--checkpoint-minutes", 10)
+    assert ended.status == -signal.SIGKILL and "finished" not in (run / "run.json").read_text()
+    again = train(images, run)
+    assert again.status == 0 and "step 60 of 60" in again.output, again.output
+    assert outcome(run) == outcome(whole)
 
 
 def test_torchrun_restarts_after_a_rank_was_killed(

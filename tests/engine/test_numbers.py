@@ -1,9 +1,8 @@
-"""Numbers that go wrong in a real run, and a directory that is not this run's: what the user sees, and replay."""
+"""Numbers that go wrong in a real run and their replay; a directory that is another run's, or in use."""
 
 import math
 import re
 from pathlib import Path
-
 
 from itpn import cli
 from itpn.engine import replay
@@ -18,9 +17,15 @@ def test_a_diverging_run_stops_and_its_step_can_be_replayed(images: Path, tmp_pa
     run = tmp_path / "run"
     ended = train(images, run, [], *HOSTILE, "--skip-bad-steps", 2)
     assert ended.status == 2 and "Traceback" not in ended.output, ended.output
-    left_out = re.findall(r"^the (?:loss|norm).* is (?:nan|inf) at step (\d+) on .* left out", ended.output, re.M)
+    left_out = re.findall(
+        r"^the (?:loss|norm).* is (?:nan|inf) at step (\d+) on .* left out", ended.output, re.M
+    )
     complaint = ended.output.splitlines()[-1]
-    last = int(re.search(r"^itpn: .* at step (\d+) on .*; `itpn replay .*/replay` takes the step again", complaint)[1])
+    last = int(
+        re.search(r"^itpn: .* at step (\d+) on .*; `itpn replay .*/replay` takes the step again", complaint)[
+            1
+        ]
+    )
     assert [int(step) for step in left_out] == [last - 2, last - 1]
     lines = {line["step"]: line for line in metrics(run)}
     assert [lines[step]["skipped"] for step in (last - 2, last - 1)] == [1, 2] and last not in lines
@@ -77,9 +82,13 @@ def test_a_directory_of_another_run_or_in_use(images: Path, tmp_path: Path) -> N
     """The second command starts while the first one waits inside its third step."""
     run = tmp_path / "run"
     given = ["train", *TINY, "--data.root", str(images), "--run-dir", str(run), "--max-steps", "3"]
-    ended = train(images, run, [(0, "step", 2, "run_beside", given)], "--checkpoint-minutes", 0, "--max-steps", 3)
+    ended = train(
+        images, run, [(0, "step", 2, "run_beside", given)], "--checkpoint-minutes", 0, "--max-steps", 3
+    )
     assert ended.status == 0, ended.output
-    assert re.search(r"^itpn: .*/run is in use by process \d+ on .*: wait until it ends, or", ended.output, re.M)
+    assert re.search(
+        r"^itpn: .*/run is in use by process \d+ on .*: wait until it ends, or", ended.output, re.M
+    )
     assert "beside: 2" in ended.output
 
     other = train(images, run, [], "--optim.weight-decay", 0.1, "--max-steps", 4)

@@ -1,9 +1,7 @@
-"""Ctrl-C and SIGTERM at every kind of moment: a message, a checkpoint, the right exit status, nothing lost."""
+"""Ctrl-C and SIGTERM at every kind of moment: a message, a checkpoint, the exit status; nothing is lost."""
 
 import signal
 from pathlib import Path
-
-import pytest
 
 from tests.engine.processes import Ended, outcome, train
 
