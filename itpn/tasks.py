@@ -163,6 +163,8 @@ def replay_step(
         recipe = replace(recipe, data=replace(recipe.data, root=root))
     images = find_images(recipe.data.root, "train", recipe.data.list)
     objective = build(recipe)
+    for block in objective.compile_blocks() if recipe.loop.compile else ():
+        block.compile()
     device = choose_device(device_name)
     set_numerics(device, getattr(torch, before.precision), deterministic=recipe.loop.deterministic)
 

@@ -1,6 +1,7 @@
 """`itpn replay RUN`: takes the step again at which a run's loss or gradient was not finite."""
 
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from rich.table import Table
 from itpn.commands.arguments import parse
 from itpn.engine.distributed import DeviceName
 from itpn.engine.replay import BadStep
+from itpn.errors import printable
 from itpn.tasks import replay_step
 
 NUM_NAMED = 8
@@ -37,11 +39,12 @@ def run(arguments: list[str]) -> None:
     if before.samples[0][0] and before.samples != now.samples:
         console.print("The images are not the same as then: their list has changed.")
     rank, i = _worst(before)
-    names = [str(images.name(index)) for _, index in before.samples[rank][i][:NUM_NAMED]]
+    samples = before.samples[rank][i][:NUM_NAMED] if before.samples == now.samples else []
+    names = [printable(images.name(index)) for _, index in samples]
     if names:
         console.print(f"Images of rank {rank}, micro-step {i}: {', '.join(names)}, …", markup=False)
-    if repr(before.losses) != repr(now.losses):
-        console.print("The losses differ from those of the run: another kind of device, or other images.")
+    if repr(before.losses) != repr(now.losses) or isfinite(before.grad_norm) != isfinite(now.grad_norm):
+        console.print("This is not what the run had: another kind of device, other images or ranks.")
         raise SystemExit(1)
 
 

@@ -36,11 +36,12 @@ class BadFiles:
         self.journal.load_state_dict(state["journal"])
 
     def begin(self) -> None:
+        self.fresh.clear()  # what the search for the device batch met will be met again
         if self.run.world.is_main:
             self.journal.begin()
-            if self.journal.path.exists():
-                lines = self.journal.path.read_bytes().split(b"\n")  # a name may hold other ends of lines
-                self.named = {json.loads(line)["file"] for line in lines if line}
+            written = self.journal.path.read_bytes() if self.journal.path.exists() else b""
+            *lines, _ = (written + self.journal.waiting).split(b"\n")  # a name may hold other ends of lines
+            self.named = {json.loads(line)["file"] for line in lines}
 
     def met(self, path: Path, reason: str, *, replaced: bool) -> None:
         """By a loader of this rank, for a training sample that was replaced, or in an evaluation."""

@@ -60,8 +60,8 @@ def save(
     beside.mkdir(parents=True)
     try:
         metadata = {"config": json.dumps(config)}  # one entry: the order of more is random in the file
-        save_file(dict(model), beside / MODEL, metadata)
-        save_file(dict(optimizer), beside / OPTIMIZER)
+        write_tensors(beside / MODEL, model, metadata)
+        write_tensors(beside / OPTIMIZER, optimizer)
         hashes = {name: _hash(beside / name) for name in (MODEL, OPTIMIZER)}
         state = {
             "format": FORMAT,
@@ -94,8 +94,11 @@ def latest(root: Path, say: Callable[[str], None]) -> int | None:
     found = steps(root)
     if not found:
         return None
-    last = (root / LAST).read_text().strip() if (root / LAST).is_file() else ""
-    newest = int(last) if last.isdecimal() else found[-1]
+    last = (root / LAST).read_text(errors="replace").strip() if (root / LAST).is_file() else ""
+    named = int(last) if last.isdecimal() else -1
+    newest = found[-1] if named < found[0] else named
+    if named < found[-1]:  # set back by hand, or damaged
+        say(f"{root / LAST} says {last or 'nothing'}: of steps {found[0]} to {found[-1]}, {newest} is taken")
     for step in reversed([step for step in found if step <= newest]):
         directory = root / f"{step:08d}"
         try:
@@ -114,9 +117,13 @@ def verify(directory: Path) -> None:
         UserError: a later version wrote it.
     """
     for name, expected in read_state(directory)["hashes"].items():
-        if not (directory / name).is_file():
-            raise DamagedError(f"{name} is missing")
-        if _hash(directory / name) != expected:
+        try:
+            found = _hash(directory / name)
+        except FileNotFoundError as error:
+            raise DamagedError(f"{name} is missing") from error
+        except OSError as error:
+            raise DamagedError(f"{name}: {error.strerror}") from error
+        if found != expected:
             raise DamagedError(f"{name}: its hash differs")
 
 
@@ -204,12 +211,24 @@ def prune(root: Path, step: int, *, keep_last: int, keep_every: int | None) -> N
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
+    """As safetensors, which others may read as far as they may read what else we write."""
+    save_file(dict(tensors), path, metadata)
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces the file at once: readers see the old text or the new one."""
     beside = path.with_name(f".{path.name}.writing")
-    beside.write_text(text)
-    sync(beside)
-    beside.replace(path)
+    try:
+        beside.write_text(text)
+        sync(beside)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
     passed(f"rename {path.name}")
     sync(path.parent)
 

@@ -44,8 +44,8 @@ def settle(
     """
     device = run.world.device
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    noted = run.notes.get("device_batch", {}).get(kind)
-    run.world.wait()  # all have read the note before rank 0 writes it
+    noted = run.notes.get("device_batch", {}).get(kind, 0) if run.world.is_main else 0
+    noted = int(run.world.largest(noted)[0])  # rank 0 decides: the others may see an older note
     if given:
         size = given
     elif noted or device.type != "cuda":

@@ -90,7 +90,15 @@ class World:
         ids = [self.device] if self.device.type == "cuda" else None
         with warnings.catch_warnings():  # broadcast_buffers has a new name that older versions do not know
             warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(module, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+            return DistributedDataParallel(
+                module,
+                ids,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                # Otherwise the buckets are laid out anew after the first step, also after a resume, and from
+                # three ranks on the layout decides in which order they add. Two numbers have one sum.
+                find_unused_parameters=self.size > 2 and torch.are_deterministic_algorithms_enabled(),
+            )
 
 
 def exchange_gradients(model: nn.Module, *, now: bool) -> AbstractContextManager[None]:

@@ -47,6 +47,7 @@ class Interruption:
         if not self.signal and self.notice:
             # Not by print: a signal may interrupt another print, whose lock is then taken.
             os.write(2, f"\n{signal.Signals(number).name}: {self.notice}\n".encode())
-        self.signal = number
+        self.signal = self.signal or number
         if self.raising:
+            self.raising = False  # another signal must not cut the way out short
             raise Interrupted

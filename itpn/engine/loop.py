@@ -259,7 +259,8 @@ class Training:
             (signal,) = self.world.largest(interruption.signal)
             if signal:
                 interruption.signal = int(signal)  # perhaps only another rank heard it
-                raise Interrupted  # what this step has summed up so far will be summed up again
+                self._save(step)  # what this step has summed up so far will be summed up again
+                raise Interrupted
             asked = time.perf_counter()
             batch = next(stream)
             waited += time.perf_counter() - asked
@@ -274,8 +275,10 @@ class Training:
         by_rank = self.world.gather(torch.stack(parts))  # [ranks, micro-steps, names]
         values = dict(zip(outputs, by_rank.mean(dim=(0, 1)).tolist(), strict=True))
         values |= {"lr": lr, "grad_norm": norm.item()}
-        # An fp16 scaler leaves out a step whose gradient overflows by itself.
-        if math.isfinite(values["loss"]) and (self.scaler.is_enabled() or bool(norm.isfinite())):
+        # An fp16 scaler leaves out a step whose gradient overflows by itself, and scales less; it has then
+        # done what it can if it already scales up no more.
+        overflow_only = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        if math.isfinite(values["loss"]) and (overflow_only or bool(norm.isfinite())):
             if self.loop.clip_grad is not None:
                 nn.utils.clip_grads_with_norm_(self.parameters, self.loop.clip_grad, norm)
             self.scaler.step(self.optimizer)
@@ -327,9 +330,10 @@ class Training:
         if self.watch.num_skipped > self.loop.skip_bad_steps:
             raise UserError(
                 f"{bad}; `itpn replay {kept}` takes the step again. The same command goes on from step "
-                f"{self.saver.last_step}: give it --skip-bad-steps 1; or, with --force, a lower learning "
-                "rate, --clip-grad 1, --precision bf16 or fp32"
+                f"{self.saver.last_step}: give it --skip-bad-steps {self.watch.num_skipped}; or, with "
+                "--force, a lower learning rate, --clip-grad 1, --precision bf16 or fp32"
             )
+        self.log.stopwatch = time.perf_counter()
         self.place.say(f"{bad}: left out, kept in {kept}")
         self.log.write(step + 1, {**values, "skipped": self.watch.num_skipped})
 
@@ -365,7 +369,6 @@ class Training:
         self.saver.save(step)
 
     def _stop(self, step: int, signal: int) -> NoReturn:
-        self._save(step)
         self.place.say(
             f"stopped at step {step} of {self.num_steps}; "
             f"the same command goes on from step {self.saver.last_step}"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from itpn.engine import checkpoint
@@ -39,7 +38,8 @@ class BadStep:
     def __str__(self) -> str:
         for rank, losses in enumerate(self.losses):
             if not all(map(math.isfinite, losses)):
-                return f"the loss is {sum(losses)} at step {self.step + 1} on rank {rank}"
+                worst = next(loss for loss in losses if not math.isfinite(loss))
+                return f"the loss is {worst} at step {self.step + 1} on rank {rank}"
         return f"the norm of the gradient is {self.grad_norm} at step {self.step + 1} on every rank"
 
 
@@ -49,7 +49,7 @@ def write(directory: Path, bad: BadStep, model: Mapping[str, Tensor], config: Ma
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
-        save_file(dict(model), beside / MODEL, {"config": json.dumps(config)})
+        checkpoint.write_tensors(beside / MODEL, model, {"config": json.dumps(config)})
         (beside / STEP).write_text(json.dumps(asdict(bad)))  # nan and inf as Python spells them
         shutil.rmtree(directory, ignore_errors=True)
         beside.rename(directory)

@@ -86,7 +86,10 @@ class Run:
     def pin(self, name: str, value: str) -> None:
         """Something besides the config that must stay as the run found it at first, e.g. its images."""
         before = self.notes.get(name, value)
-        self.world.wait()  # all have read the notes before rank 0 writes them
+        by_rank = self.world.gather_json(value)  # and all have read the notes before rank 0 writes them
+        if len({*by_rank}) > 1:
+            odd = next(rank for rank, other in enumerate(by_rank) if other != by_rank[0])
+            raise UserError(f"rank {odd} sees other {name} than rank 0: give all nodes the same")
         changed = [(name, before, value)] if before != value else []
         self._accept(changed, [name for name, *_ in changed])
         self.note(**{name: value})

@@ -193,6 +193,9 @@ class FeatureModeling(nn.Module):
     def begin_step(self, step: int, num_steps: int) -> None:
         ramp = self.config.weight_ramp * num_steps
         self.weight = self.config.weight * (min(1.0, (step + 1) / ramp) if ramp else 1.0)
+        if self.config.normalisation == "standardise":
+            for statistics in self.statistics.values():
+                cast(RunningStatistics, statistics).pending.zero_()  # of a step that was left out
 
     def compile_blocks(self) -> list[nn.Module]:
         return [*self.teacher.blocks(), *(self.decoder.blocks if self.config.branches == "levels" else [])]

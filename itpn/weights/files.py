@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import cattrs
 from cattrs.errors import BaseValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from itpn.engine import checkpoint
@@ -78,8 +77,14 @@ def portable(objective: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
 def save(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Written beside and renamed, so that a file of that name is always whole."""
     beside = path.with_name(f".{path.name}.writing")
-    save_file(dict(tensors), beside, {"format": "pt", "config": json.dumps(config)})
-    beside.replace(path)
+    try:
+        checkpoint.write_tensors(beside, tensors, {"format": "pt", "config": json.dumps(config)})
+        checkpoint.sync(beside)
+        beside.replace(path)
+        checkpoint.sync(path.parent)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def read(path: Path) -> Weights:

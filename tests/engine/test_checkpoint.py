@@ -77,6 +77,40 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path: Path, damage, name
     assert len(said) == 1 and "00000002" in said[0] and name in said[0]
 
 
+@pytest.mark.parametrize(
+    ("content", "step"), [(b"\xff\xfe", 4), (b"", 4), (b"00000001", 4), (b"00000003", 3), (b"00000009", 4)]
+)
+def test_a_damaged_last_costs_nothing(tmp_path: Path, content: bytes, step: int) -> None:
+    """It cannot be told from a change of mind where it names another checkpoint: that is said."""
+    root = tmp_path / "checkpoints"
+    for older in (2, 3, 4):
+        save(root, older)
+    (root / "last").write_bytes(content)
+    said: list[str] = []
+    assert checkpoint.latest(root, said.append) == step
+    assert len(said) == (content != b"00000009") and all("checkpoints/last" in line for line in said)
+
+
+def test_a_checkpoint_that_the_disk_does_not_give_back(tmp_path: Path, monkeypatch) -> None:
+    save(tmp_path, 1)
+    newest, read = save(tmp_path, 2), checkpoint._hash
+
+    def failing(path: Path) -> str:
+        if path == newest / "model.safetensors":
+            raise OSError(5, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "_hash", failing)
+    said: list[str] = []
+    assert checkpoint.latest(tmp_path, said.append) == 1
+    assert "model.safetensors: Input/output error" in said[0]
+
+
+def test_others_may_read_what_they_may_read_of_us(tmp_path: Path) -> None:
+    directory = save(tmp_path, 1)
+    assert len({path.stat().st_mode for path in directory.iterdir()}) == 1
+
+
 def test_nothing_whole_is_left(tmp_path: Path) -> None:
     (save(tmp_path, 1) / "state.json").unlink()
     with pytest.raises(UserError, match="no whole checkpoint is left"):

@@ -14,9 +14,20 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("two_ranks")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun_toys(directory, 2, "resume", "compare", "diverge")
+    return directory
+
+
+def torchrun_toys(directory: Path, num_ranks: int, *parts: str) -> None:
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={num_ranks}",
+    ]
     done = subprocess.run(
-        [*torchrun, "-m", "tests.engine.two_ranks", str(directory)],
+        [*torchrun, "-m", "tests.engine.ranks", str(directory), *parts],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -24,7 +35,12 @@ def two_ranks(tmp_path_factory) -> Path:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    return directory
+
+
+def test_resuming_on_three_ranks_is_exact(tmp_path: Path) -> None:
+    """From three numbers on, the order in which they are added shows."""
+    torchrun_toys(tmp_path, 3, "resume")
+    assert same(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_resuming_on_two_ranks_is_exact(two_ranks: Path) -> None:

@@ -274,3 +274,19 @@ def test_smooth_l1_is_torchs():
     x = torch.linspace(-3, 3, 31)
     spelled = torch.where(x.abs() < 0.5, x**2, x.abs() - 0.25)
     torch.testing.assert_close(spelled, F.smooth_l1_loss(x, torch.zeros(31), beta=0.5, reduction="none"))
+
+
+def test_a_step_that_was_left_out_is_no_statistic():
+    """The next one begins with nothing pending, so a loss that was not finite cannot spread."""
+    objective = toy_objective({"normalisation": "standardise"})
+    batch = toy_batch(objective)
+    with torch.no_grad():
+        kept = objective.features.teacher.stem_proj.bias.clone()
+        objective.features.teacher.stem_proj.bias.fill_(math.nan)
+        objective.begin_step(0, 10)
+        assert objective(batch)["loss"].isnan()
+        objective.features.teacher.stem_proj.bias.copy_(kept)
+    objective.begin_step(1, 10)
+    objective(batch)
+    objective.end_step(1, 10)
+    assert all(statistics.averages.isfinite().all() for statistics in objective.features.statistics.values())
