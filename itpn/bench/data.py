@@ -21,7 +21,7 @@ from torch import Tensor
 from itpn.bench.photographs import QUALITY, sizes_of, write_photographs
 from itpn.commands.arguments import parse
 from itpn.data.images import ImageList, find_images
-from itpn.data.picture import BadImageError, Box, load_image, open_picture
+from itpn.data.picture import BadImageError, Box, load_image, open_picture, orientation
 from itpn.data.randomness import generator
 from itpn.data.transforms import random_crop_box, random_resized_crop_flip
 from itpn.errors import UserError
@@ -30,7 +30,6 @@ GROUP = 4
 """Images that one way loads before it is the other's turn."""
 
 MEGAPIXELS = {"below 0.5 megapixels": 0.5, "0.5 to 2 megapixels": 2.0, "above 2 megapixels": float("inf")}
-ORIENTATION = 0x0112
 MIN_SCALE, FLIP = 0.2, 0.5
 
 
@@ -89,6 +88,8 @@ class Result:
 
 def run(arguments: list[str]) -> None:
     options = parse(Options, arguments, "itpn bench data")
+    if options.json:
+        check_writable(options.json)
     with tempfile.TemporaryDirectory() as folder, one_thread():
         results = measure_all(files_by_size(options, Path(folder)), options)
     console = Console(highlight=False, soft_wrap=True)
@@ -98,11 +99,19 @@ def run(arguments: list[str]) -> None:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
+def check_writable(path: Path) -> None:
+    """Before minutes are spent on what is to be written there."""
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; name another file with --json") from error
+
+
 def files_by_size(options: Options, folder: Path) -> dict[str, list[Path]]:
     """The files to load, by what to call their size; those made are written to `folder`."""
     if options.synthetic is not None:
-        print(f"Made-up JPEGs: noise as detailed as photographs, quality {QUALITY}, 4:2:0.")
         sizes = sizes_of(options.synthetic)
+        print(f"Made-up JPEGs: noise as detailed as photographs, quality {QUALITY}, 4:2:0.")
         return {f"{w} x {h}": write_photographs(folder, (w, h), options.num) for w, h in sizes}
     assert options.directory is not None
     images = find_images(options.directory)
@@ -114,6 +123,11 @@ def files_by_size(options: Options, folder: Path) -> dict[str, list[Path]]:
         if (megapixels := megapixels_of(path)) is not None:
             files[next(name for name, most in MEGAPIXELS.items() if megapixels <= most)].append(path)
     print(images.description)
+    if not any(files.values()):
+        raise UserError(
+            f"none of {len(chosen)} images can be compared, all are unreadable or turned by EXIF; "
+            "name another folder, or raise --num to try more"
+        )
     num_left_out = len(chosen) - sum(map(len, files.values()))
     if num_left_out:
         print(f"{num_left_out} left out: unreadable, or turned by EXIF, which the plain way does not heed.")
@@ -125,14 +139,15 @@ def megapixels_of(path: Path) -> float | None:
     try:
         load_image(path)
         with Image.open(path) as image:
-            upright = image.getexif().get(ORIENTATION, 1) == 1
-            return image.width * image.height / 1e6 if upright else None
+            turned = orientation(image) in range(2, 9)
+            return None if turned else image.width * image.height / 1e6
     except (OSError, BadImageError):
         return None
 
 
 def measure_all(files: dict[str, list[Path]], options: Options) -> dict[str, Result]:
-    with Progress(transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("loading", total=sum(map(len, files.values())) * (options.rounds + 1))
         return {
             name: measure(paths, options, lambda num: progress.advance(task, num))

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from itpn.data.limits import MAX_PIXELS
 from itpn.data.textures import noise
 from itpn.errors import UserError
 
@@ -22,7 +23,10 @@ def sizes_of(text: str) -> list[Size]:
         raise UserError(
             f"--synthetic {text}: give sizes as WIDTHxHEIGHT of 10 pixels or more, with commas between"
         )
-    return [(int(size[1]), int(size[2])) for size in found if size]
+    sizes = [(int(size[1]), int(size[2])) for size in found if size]
+    if any(width * height > MAX_PIXELS for width, height in sizes):
+        raise UserError(f"--synthetic {text}: an image may have {MAX_PIXELS:,} pixels at most")
+    return sizes
 
 
 def write_photographs(folder: Path, size: Size, number: int) -> list[Path]:

@@ -44,6 +44,8 @@ class CheckData:
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
             raise UserError(f"--workers is {self.workers}; it is a number of processes, 1 or more")
+        if self.image_size < 1:
+            raise UserError(f"--image-size is {self.image_size}; it is a number of pixels, 1 or more")
 
 
 def run(arguments: list[str]) -> None:

@@ -37,6 +37,10 @@ class Reconstruct:
     device: DeviceName = "auto"
     """Where to compute."""
 
+    def __post_init__(self) -> None:
+        if self.num < 1:
+            raise UserError(f"--num is {self.num}; it is a number of images, 1 or more")
+
 
 def run(arguments: list[str]) -> None:
     options = parse(Reconstruct, arguments, "itpn reconstruct")

@@ -9,6 +9,7 @@ import tyro
 
 from itpn.commands.arguments import parse
 from itpn.data.sample_data import write_sample
+from itpn.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,10 @@ class SampleData:
     """Where to write; it is made if it does not exist."""
     seed: int = 0
     """Draws backgrounds, sizes and places; the same seed writes the same files."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}; it must be at least 0")
 
 
 def run(arguments: Sequence[str]) -> None:

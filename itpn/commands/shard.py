@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
+from uuid import uuid4
 
 import tyro
 
@@ -34,7 +35,7 @@ class Options:
     megabytes: int | None = None
     """Largest shard, in millions of bytes; one image may exceed it."""
     list: Path | None = None
-    """Text file with one image path a line; replaces the search for training images."""
+    """Text file with one image path a line; replaces the search, and only train is written."""
     seed: int = 0
     """Draws the order; the same seed writes the same shards."""
 
@@ -55,7 +56,7 @@ def run(arguments: list[str]) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{options.out} is not empty; name a new folder to write to")
     splits = {"train": find_images(directory, "train", options.list)}
-    if split_folder(directory, "val"):
+    if not options.list and split_folder(directory, "val"):
         splits["val"] = find_images(directory, "val")
     with _written_beside(out) as beside:
         written = {
@@ -78,8 +79,7 @@ def _report(split: str, written: Written) -> None:
 @contextmanager
 def _written_beside(out: Path) -> Iterator[Path]:
     """A folder that becomes `out` once all is written, or is removed."""
-    beside = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(beside, ignore_errors=True)  # of a start that was killed
+    beside = out.with_name(f".{out.name}.writing-{uuid4().hex}")  # another start may write to the same
     try:
         yield beside
         beside.rename(out)

@@ -15,10 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from itpn.data.crashproof import Death, each
-from itpn.data.picture import FORMATS, BadImageError, open_bytes
+from itpn.data.picture import FORMATS, BadImageError, open_bytes, orientation
 from itpn.data.source import Images
-
-_ORIENTATION = 0x0112
 
 
 class Look(NamedTuple):
@@ -110,7 +108,7 @@ def look(images: Images, index: int) -> Look | str:
         kind = image.format or ""
         traits = [*_traits(image)]
     named = Image.registered_extensions().get(os.path.splitext(images.names[index])[1].lower())
-    if named != kind.replace("MPO", "JPEG"):  # a JPEG with more pictures behind it
+    if named not in (None, kind.replace("MPO", "JPEG")):  # a JPEG with more pictures behind it
         traits.append("named as another format")
     digest = int.from_bytes(blake2b(data, digest_size=8).digest())
     return Look(width, height, kind, tuple(traits), digest)
@@ -128,10 +126,14 @@ def _traits(image: Image.Image) -> Iterator[str]:
         yield "CMYK"
     if image.has_transparency_data:
         yield "with transparency"
+    turn = orientation(image)
+    if turn in range(2, 9):
+        yield "turned by EXIF"
     try:
-        if image.getexif().get(_ORIENTATION, 1) in range(2, 9):
-            yield "turned by EXIF"
         if getattr(image, "is_animated", False):
             yield "of several frames or pages"
-    except Exception:  # the reader does without broken EXIF and further frames, and so do we
+        odd = turn is None
+    except Exception:  # the reader does without further frames and broken EXIF, and so do we
+        odd = True
+    if odd:
         yield "with broken EXIF or further frames"

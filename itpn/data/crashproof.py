@@ -42,9 +42,7 @@ def each(work: Callable[[int], T], num_items: int, num_workers: int) -> Iterator
             for worker in [worker for worker in busy if worker.connection in ready]:
                 index, result = worker.index, worker.result()
                 following = next(todo, None)
-                if following is not None and not isinstance(result, Death):
-                    worker.give(following)
-                else:
+                if following is None or isinstance(result, Death) or not worker.give(following):
                     busy.remove(worker)
                     worker.end()
                     busy += [] if following is None else [_Worker(work, following)]
@@ -62,9 +60,14 @@ class _Worker(Generic[T]):
         theirs.close()  # the worker's is then the only one, and its death the end of the pipe
         self.give(index)
 
-    def give(self, index: int) -> None:
+    def give(self, index: int) -> bool:
+        """False if the process is dead already, of which the item is innocent."""
         self.index = index
-        self.connection.send(index)
+        try:
+            self.connection.send(index)
+        except BrokenPipeError:
+            return False
+        return True
 
     def result(self) -> T | Death:
         try:

@@ -1,8 +1,8 @@
 """Reading one image, whatever is in the file."""
 
+import errno
 import io
 import os
-import re
 import stat
 import warnings
 from collections.abc import Iterator
@@ -15,31 +15,18 @@ import simplejpeg
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torch.nn import functional as F
 
+from itpn.data.limits import JPEG_START, MAX_BYTES, MAX_PIXELS, check_coding, check_scans, check_segments
 from itpn.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-JPEGS = ("JPEG", "MPO")
-MAX_PIXELS = 1 << 27
-"""The largest image that is decoded: 134 million pixels, 0.4 GB as RGB."""
-
-MAX_BYTES = 1 << 29
-"""The longest file that is read."""
-
-MAX_SCANNED = 16 * MAX_PIXELS
-"""Pixels of a JPEG times its scans: a few seconds. Encoders write some ten scans; bombs thousands, each a few
-bytes long and a pass over all pixels."""
-
-# Outside the coded pixels; the markers that have no length are not looked for, but for the end of the image.
-_JPEG_SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
-_END_OF_IMAGE, _START_OF_SCAN = b"\xff\xd9", b"\xff\xda"
-_TILE_WIDTH, _TILE_HEIGHT = 322, 323
 
 _TO_8_BITS = [(value + 128) // 257 for value in range(1 << 16)]
 _ORIENTATION = 0x0112
+# Their lack is nobody's file's fault.
+_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 # What makes an image of this EXIF orientation upright. ImageOps.exif_transpose also copies upright images and
 # rewrites the tags, which fails on broken ones.
 _TURNS = {
@@ -80,22 +67,22 @@ class Picture:
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path = path
-        with _blame(path):
+        with blame(path):
+            self._jpeg = _read_jpeg(file)
             self._image: Image.Image = Image.open(file, formats=FORMATS)
-            _check_size(*self._image.size)
-            if isinstance(self._image, TiffImageFile):
-                _check_tiles(self._image)
-            self._jpeg = _read_jpeg(file, *self._image.size) if self._image.format in JPEGS else None
-            if self._jpeg is None:
+            check_coding(self._image)
+            if self._jpeg is not None:
+                check_scans(self._jpeg, *self._image.size)
+            else:
                 self._image.load()  # Pillow turns a TIFF upright only here
                 _check_range(self._image)
-            self._orientation = _orientation(self._image)
+            self._orientation = orientation(self._image)
         self._raw_size = self._image.size
         self.size = self._raw_size[::-1] if self._orientation in _SIDEWAYS else self._raw_size
 
     def decode(self) -> Image.Image:
         """The whole image as upright 8-bit RGB."""
-        with _blame(self._path):
+        with blame(self._path):
             return self._upright(_rgb(self._image))
 
     def cut(self, box: Box, size: int) -> Tensor:
@@ -103,14 +90,14 @@ class Picture:
 
         A JPEG is decoded at a quarter or an eighth if that leaves the box no smaller than the output.
         """
-        with _blame(self._path):
+        with blame(self._path):
             left, top, width, height = self._raw_box(box)
             factor = self._scale_down(min(width, height) // size)
             right, bottom = left + width, top + height
             x, y = left // factor, top // factor
             part = self._part((x, y, -(-right // factor), -(-bottom // factor)), factor)
-            inner = left / factor - x, top / factor - y, right / factor - x, bottom / factor - y
-            return self._turned(_resized(part, inner, size)).contiguous()
+        inner = left / factor - x, top / factor - y, right / factor - x, bottom / factor - y
+        return self._turned(_resized(part, inner, size)).contiguous()
 
     def _scale_down(self, most: int) -> int:
         """Has a JPEG decoded at 1 / factor of its size; returns the factor, which is 1 for anything else.
@@ -148,7 +135,7 @@ class Picture:
             return None
 
     def _upright(self, image: Image.Image) -> Image.Image:
-        turn = _TURNS.get(self._orientation)
+        turn = None if self._orientation is None else _TURNS.get(self._orientation)
         return image if turn is None else image.transpose(turn)
 
     def _turned(self, image: Tensor) -> Tensor:
@@ -173,7 +160,7 @@ class Picture:
 @contextmanager
 def open_picture(path: Path) -> Iterator[Picture]:
     """Opens an image file; this and the methods of the picture raise BadImageError."""
-    with _blame(path):
+    with blame(path):
         file = _opened(path)
     with file:  # what the caller does is not the file's fault
         yield Picture(path, file)
@@ -181,7 +168,7 @@ def open_picture(path: Path) -> Iterator[Picture]:
 
 def read_file(path: Path) -> bytes:
     """What an image file holds; BadImageError if it cannot be read or is not of a sane size."""
-    with _blame(path), _opened(path) as file:
+    with blame(path), _opened(path) as file:
         return file.read()
 
 
@@ -219,7 +206,8 @@ def load_image(path: Path) -> Image.Image:
 
 
 @contextmanager
-def _blame(path: Path) -> Iterator[None]:
+def blame(path: Path) -> Iterator[None]:
+    """Turns what goes wrong inside into a BadImageError, but for a lack of memory or of file handles."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
@@ -227,6 +215,8 @@ def _blame(path: Path) -> Iterator[None]:
     except UnidentifiedImageError as error:
         raise BadImageError(path, f"not an image in one of the formats {', '.join(FORMATS)}") from error
     except Exception as error:  # a hostile file can raise nearly anything in a decoder
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _RESOURCES):
+            raise
         raise BadImageError(path, _reason(error)) from error
 
 
@@ -236,17 +226,6 @@ def _reason(error: Exception) -> str:
         return f"more pixels than the limit of {MAX_PIXELS:,}"
     said = error.strerror if isinstance(error, OSError) else None
     return " ".join((said or str(error)).split()) or type(error).__name__
-
-
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width:,} x {height:,} pixels are more than the limit of {MAX_PIXELS:,}")
-
-
-def _check_tiles(tiff: TiffImageFile) -> None:
-    """A small image may be stored in one huge tile, which takes memory before it is read."""
-    tags = tiff.tag_v2
-    _check_size(int(tags.get(_TILE_WIDTH, 0)), int(tags.get(_TILE_HEIGHT, 0)))
 
 
 def _check_range(image: Image.Image) -> None:
@@ -259,27 +238,22 @@ def _check_range(image: Image.Image) -> None:
             raise ValueError("pixels outside 0 to 65535; convert the file to 8 or 16 bits")
 
 
-def _read_jpeg(file: BinaryIO, width: int, height: int) -> bytes:
-    """The file's bytes, if decoding them takes a reasonable time."""
+def _read_jpeg(file: BinaryIO) -> bytes | None:
+    """All of the file if it begins as a JPEG, and if opening it takes a reasonable time."""
+    if file.read(len(JPEG_START)) != JPEG_START:
+        return None
     file.seek(0)
     data = file.read()
-    most = MAX_SCANNED // max(1, width * height)
-    if data.count(_START_OF_SCAN) <= most:  # a quick look; some may be inside other segments
-        return data
-    num_scans, place = 0, 2
-    while (segment := _JPEG_SEGMENT.search(data, place)) and segment[0] != _END_OF_IMAGE:
-        num_scans += segment[0] == _START_OF_SCAN
-        place = segment.end() + int.from_bytes(data[segment.end() : segment.end() + 2])
-    if num_scans > most:
-        raise ValueError(f"a JPEG of {num_scans:,} scans of {width:,} x {height:,} pixels")
+    check_segments(data)
     return data
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int | None:
+    """As EXIF has it: 2 to 8 for an image that is not upright, None where the EXIF is broken."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # broken EXIF in a sound image
-        return 1
+    except Exception:  # nearly anything, and the image is sound all the same
+        return None
 
 
 def _resized(part: NDArray[np.uint8], box: tuple[float, float, float, float], size: int) -> Tensor:

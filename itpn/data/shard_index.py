@@ -108,6 +108,8 @@ def _split(name: str) -> tuple[str, str]:
 def _label(path: Path, member: Member, suffix: str, descriptor: int) -> int | None:
     """A .cls must hold a class id; a .json may hold one as "label"."""
     if member.size > MAX_LABEL_BYTES:
+        if suffix == ".json":
+            return None
         raise BadTarError(
             path, member.offset, f"{member.name} has {member.size:,} bytes, too many for a label"
         )
@@ -155,7 +157,7 @@ def _load(path: Path, shards: tuple[Shard, ...]) -> Index | None:
             names = Names.packed(file.get_tensor("names"), file.get_tensor("name_ends"))
             rows = np.stack([file.get_tensor(name) for name in _COLUMNS], axis=1)
             left_out = int(about["num_left_out"])
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
     index = Index(shards=shards, names=names, rows=rows, num_left_out=left_out)
     return index if _fits(index) else None

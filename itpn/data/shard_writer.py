@@ -35,11 +35,13 @@ class Written:
     num_images: int
     num_shards: int
     bad: Sequence[BadImageError]
-    """What could not be read, or is no image by its header, and was left out."""
+    """What could not be read, and was left out."""
 
 
 def write_shards(images: Images, folder: Path, prefix: str, size: ShardSize, *, seed: int) -> Written:
     """Writes `PREFIX-000000.tar` …, `classes.txt` and the index into a new folder, in an order drawn once.
+
+    A JPEG is only opened, other images are decoded as well; those that cannot be are left out.
 
     Raises:
         UserError: A class name cannot be written, or no image can be read.

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from itpn.data.picture import MAX_BYTES, BadImageError, Picture, open_bytes
+from itpn.data.limits import MAX_BYTES
+from itpn.data.picture import Picture, blame, open_bytes
 from itpn.data.randomness import block_permutation
 from itpn.data.shard_index import FILE, Index, Shard, read_index
 from itpn.data.source import Images
@@ -47,15 +48,17 @@ class ShardedImages(Images):
 
     def read(self, index: int) -> bytes:
         number, offset, size, _ = self.index.rows[index].tolist()
-        try:
+        shard = self.index.shards[number]
+        with blame(self.name(index)):
             if size > MAX_BYTES:
                 raise ValueError(f"{size:,} bytes are more than the limit of {MAX_BYTES:,}")
-            file = _open_shard(self.folder, self.index.shards[number])
+            file = _open_shard(self.folder, shard)
             data = os.pread(file.descriptor, size, offset)
+            status = os.fstat(file.descriptor)
+            if (status.st_size, status.st_mtime_ns) != shard[1:]:
+                raise ValueError(f"{shard.name} was changed after it was indexed; start again")
             if len(data) < size:
                 raise ValueError(f"the shard ends before byte {offset + size:,}")
-        except (OSError, ValueError) as error:
-            raise BadImageError(self.name(index), str(error)) from error
         return data
 
     def order(self, seed: int, epoch: int) -> Tensor:
@@ -84,11 +87,7 @@ class _OpenShard:
 
 @lru_cache(maxsize=_NUM_OPEN)
 def _open_shard(folder: Path, shard: Shard) -> _OpenShard:
-    file = _OpenShard(folder / shard.name)
-    status = os.fstat(file.descriptor)
-    if (status.st_size, status.st_mtime_ns) != shard[1:]:
-        raise ValueError(f"{shard.name} was changed after it was indexed; start again")
-    return file
+    return _OpenShard(folder / shard.name)
 
 
 def archives_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
