@@ -13,7 +13,7 @@ MAX_PIXELS = 1 << 27
 """The largest image that is decoded: 134 million pixels, 0.4 GB as RGB."""
 
 MAX_SLOW_PIXELS = 1 << 24
-"""The same where Pillow decodes in Python, at about a million pixels a second."""
+"""The same where Pillow decodes in Python, at up to two seconds per million pixels."""
 
 MAX_BYTES = 1 << 29
 """The longest file that is read."""

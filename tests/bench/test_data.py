@@ -1,4 +1,5 @@
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -75,11 +76,13 @@ def test_a_folder_of_all_sorts(tmp_path: Path, capsys: pytest.CaptureFixture[str
     exif[0x0112] = 6
     written(tmp_path / "turned.jpg", exif=exif)
     (tmp_path / "broken.jpg").write_bytes(b"no image")
+    text = struct.pack("<HHI4s", 0x0112, 2, 4, b"abc")  # as the orientation
+    written(tmp_path / "broken-exif.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\1\0" + text + bytes(4))
     out = tmp_path / "figures.json"
     run([str(tmp_path), "--image-size", "16", "--rounds", "1", "--json", str(out)])
     figures = json.loads(out.read_text())
     assert {name: result["num_images"] for name, result in figures.items()} == {
-        "below 0.5 megapixels": 1,
+        "below 0.5 megapixels": 2,
         "0.5 to 2 megapixels": 1,
     }
     assert "2 left out" in capsys.readouterr().out
@@ -89,6 +92,26 @@ def test_a_folder_of_all_sorts(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(UserError, match="WIDTHxHEIGHT"):
         sizes_of(text)
+
+
+def test_made_up_images_have_a_largest_size(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="134,217,728 pixels at most"):
+        run(["--synthetic", "60x40,99999x99999"])
+    assert not capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_written_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("itpn.bench.data.measure_all", lambda *arguments: pytest.fail("measured"))
+    with pytest.raises(UserError, match=r"cannot write .*No such file.*--json"):
+        run(["--synthetic", "60x40", "--json", str(tmp_path / "none/x.json")])
+
+
+def test_a_folder_without_a_usable_file(tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match="none of 1 images can be compared"):
+        run([str(tmp_path)])
 
 
 def test_a_folder_or_made_up_images(tmp_path: Path) -> None:

@@ -59,9 +59,15 @@ def gif(screen: int, frame: int) -> bytes:
     return header + b"," + struct.pack("<4HB", 0, 0, frame, frame, 0) + b"\x02\x03\x04\x00\x05\x00;"
 
 
-def bmp(width: int, height: int) -> bytes:
-    information = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
-    return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + information
+def bmp(width: int, height: int, bits: int = 24, compression: int = 0, rest: bytes = b"") -> bytes:
+    information = struct.pack("<IiiHHIIiiII", 40, width, height, 1, bits, compression, 0, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54, 0, 0, 1078 if bits == 8 else 54) + information + rest
+
+
+def run_length_bmp(width: int, height: int) -> bytes:
+    """Rows of up to 255 pixels, each a run of colour 0."""
+    palette = bytes((*ORANGE[::-1], 0)) + bytes(4 * 255)
+    return bmp(width, height, 8, 1, palette + bytes((min(width, 255), 0, 0, 0)) * height + b"\0\1")
 
 
 def jpeg_scans(progressive: bool, num_more: int) -> bytes:
@@ -93,6 +99,11 @@ def exif(orientation: int) -> bytes:
     tags = Image.Exif()
     tags[0x0112] = orientation
     return encoded(flat(), "JPEG", exif=tags)
+
+
+def exif_segments(number: int) -> bytes:
+    data = encoded(flat(), "JPEG")
+    return data[:2] + (b"\xff\xe1" + struct.pack(">H", 8) + b"Exif\0\0") * number + data[2:]
 
 
 def animated(kind: str) -> bytes:
@@ -152,6 +163,10 @@ READABLE = {
     "animated.webp": Readable(animated("WEBP")),
     "animated.png": Readable(animated("PNG")),
     "pages.tif": Readable(animated("TIFF")),
+    "run-lengths.bmp": Readable(run_length_bmp(24, 16)),
+    "odd-maximum.ppm": Readable(b"P6 24 16 51\n" + bytes(value // 5 for value in ORANGE) * 24 * 16),
+    "some-exif.jpg": Readable(exif_segments(100)),
+    "one-tile.tif": Readable(tiff(1, 1, (322, 4, 1, 8192), (323, 4, 1, 8192)), (1, 1), (73, 73, 73)),
     "frame-beyond-screen.gif": Readable(gif(1, 2), (2, 2), (0, 0, 0)),
 }
 """By name: the file, and the size and about the colour that it is read with."""
@@ -180,6 +195,14 @@ UNREADABLE = {
     "huge.tif": (tiff(40_000, 40_000), "limit"),
     "huge-frame.gif": (gif(1, 65_535), "limit"),
     "huge-tile.tif": (tiff(64, 64, (322, 4, 1, 32_768), (323, 4, 1, 32_768)), "32,768 x 32,768 pixels"),
+    "narrow-in-tiles.tif": (
+        tiff(1, 65_536, (322, 4, 1, 8192), (323, 4, 1, 8192)),
+        "8,192 x 65,536 pixels",
+    ),
+    "plain.ppm": (b"P3 1 1 255 " + b"#\n" * 99 + b"1 2 3\n", "as text"),
+    "large-run-lengths.bmp": (run_length_bmp(5000, 5000), "limit of 16,777,216"),
+    "large-odd-maximum.ppm": (b"P6 5000 5000 51\n", "limit of 16,777,216"),
+    "exif.jpg": (exif_segments(101), "101 EXIF segments"),
     "scans.jpg": (jpeg_scans(progressive=True, num_more=5000), "5,010 scans"),
     "empty-scans.jpg": (jpeg_scans(progressive=False, num_more=3000), "3,000 scans"),
     "long-text.png": (bomb(b"zTXt", b"a\0\0"), "too large"),

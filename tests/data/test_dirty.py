@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from itpn import cli
-from itpn.data import check
+from itpn.data import check, crashproof
 from itpn.data.crashproof import Death, each
 from itpn.data.images import find_images
 from itpn.data.loader import DataConfig, eval_loader, train_loader
@@ -135,12 +135,11 @@ def test_links_into_nothing_and_in_circles_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "self.jpg").symlink_to("self.jpg")
     (tmp_path / "ping.jpg").symlink_to("pong.jpg")
     (tmp_path / "pong.jpg").symlink_to("ping.jpg")
-    (tmp_path / "up").symlink_to("..")
     (tmp_path / "here").symlink_to(".")
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b.jpg").symlink_to("../a.jpg")
-    (tmp_path / "up").unlink()
+    (tmp_path / "sub" / "up").symlink_to("..")
     assert list(find_images(tmp_path).names) == ["a.jpg", "sub/b.jpg"]
 
 
@@ -225,12 +224,21 @@ def test_check_data_finds_what_training_would(
     for trait in (
         "3 CMYK",
         "7 turned by EXIF",
-        "5 with a palette",
+        "6 with a palette",
         "3 of 16 bits or more",
         "5 of several frames or pages",
         "2 named as another format",
     ):
         assert trait in printed
+
+
+def test_a_name_without_a_known_ending_names_no_format(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "list").write_text("plain\nplain.old\nplain.gif\n")
+    for name in ("plain", "plain.old", "plain.gif"):
+        (tmp_path / name).write_bytes(encoded(flat(), "PNG"))
+    assert "1 named as another format" in check_data(capsys, tmp_path, "--list", tmp_path / "list")[1]
 
 
 def test_check_data_compares_the_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,6 +287,7 @@ def test_names_of_any_kind_are_found_and_shown_in_one_harmless_line(
         (["nowhere"], "does not exist"),
         (["."], "is empty"),
         ([".", "--workers", "0"], "--workers is 0"),
+        ([".", "--image-size", "-4"], "--image-size is -4"),
         (["data", "--out", "none/x"], "cannot write none/x"),
     ],
 )
@@ -319,6 +328,24 @@ def test_the_death_of_a_process_is_told_and_the_work_goes_on(num_workers: int) -
     }
     assert "SIGKILL, perhaps for lack of memory" in str(results[3])
     assert "SIGSEGV" in str(results[4]) and "status 9" in str(results[7])
+
+
+def square(index: int) -> int:
+    return index * index
+
+
+def test_a_process_that_dies_after_its_result_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = crashproof._Worker.result
+
+    def last_words(worker: crashproof._Worker[int]) -> int | Death:
+        said = result(worker)
+        if worker.index in (1, 4):
+            worker.process.kill()
+            worker.process.join()
+        return said
+
+    monkeypatch.setattr(crashproof._Worker, "result", last_words)
+    assert dict(each(square, 5, 2)) == {i: i * i for i in range(5)}
 
 
 def test_check_data_names_the_file_that_kills(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from itpn.data import picture
+from itpn.data import limits, picture
 from itpn.data.picture import BadImageError, Picture, open_bytes
 from tests.data.dirty import READABLE, UNREADABLE, encoded, noise
 
@@ -63,7 +63,7 @@ def reason(data: bytes, read: Callable[[Picture], object]) -> str | None:
 
 def decode(opened: Picture) -> None:
     width, height = opened.size
-    assert width * height <= picture.MAX_PIXELS
+    assert width * height <= limits.MAX_PIXELS
     image = opened.decode()
     assert image.mode == "RGB" and image.size == (width, height)
 
@@ -81,7 +81,7 @@ def cut_corner(opened: Picture) -> None:
 @given(data=st.builds(damaged, st.sampled_from(SEEDS), EDITS, st.integers(1, 10_000), st.booleans()))
 def test_a_damaged_file_is_read_or_refused_by_training_and_by_check_data_alike(data: bytes) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(picture, "MAX_PIXELS", 1 << 20)  # for time, not for safety
+        patch.setattr(limits, "MAX_PIXELS", 1 << 20)  # for time, not for safety
         reasons = [reason(data, read) for read in (decode, cut_all, cut_corner)]
     assert len({reason is None for reason in reasons}) == 1, reasons
 

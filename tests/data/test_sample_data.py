@@ -168,6 +168,12 @@ def test_a_file_in_the_way_is_a_user_error(tmp_path):
         write_sample(tmp_path / "taken")
 
 
+def test_a_seed_below_0_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="--seed is -1"):
+        command.run([str(tmp_path), "--seed", "-1"])
+    assert not any(tmp_path.iterdir())
+
+
 def test_command_says_what_it_wrote_and_what_to_look_at(tmp_path, capsys, monkeypatch):
     wrote = write_sample(tmp_path, num_train_scenes=2, num_val_scenes=1)
     monkeypatch.setattr(command, "write_sample", lambda directory, seed: wrote)

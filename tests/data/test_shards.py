@@ -22,6 +22,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import DataLoader
 
 from itpn import cli
+from itpn.commands.shard import _written_beside
 from itpn.data import shard_index
 from itpn.data.images import find_images
 from itpn.data.loader import DataConfig, MicroBatches, TrainSamples, eval_loader, train_loader
@@ -185,6 +186,27 @@ def test_mistakes_of_the_command(
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]  # nothing half-written
 
 
+def test_two_starts_that_write_to_one_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="cannot write"), _written_beside(out) as slow:
+        (slow / "train").mkdir(parents=True)
+        with _written_beside(out) as fast:
+            (fast / "train").mkdir(parents=True)
+            (fast / "train/done").touch()
+        assert (slow / "train").is_dir()
+    assert list(tmp_path.iterdir()) == [out] and (out / "train/done").exists()
+
+
+def test_a_list_is_written_without_val(class_folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "train").symlink_to(class_folders)
+    (tmp_path / "val").symlink_to(class_folders)
+    images = find_images(tmp_path)
+    (tmp_path / "list").write_text("".join(f"train/{images.names[i]}\n" for i in range(3)))
+    shard(tmp_path, tmp_path / "out", "--list", str(tmp_path / "list"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train"]
+    assert len(find_images(tmp_path / "out")) == 3
+
+
 # The order
 
 
@@ -319,10 +341,11 @@ def test_a_shard_that_changes_or_goes_is_a_bad_image_not_wrong_pixels(tmp_path: 
     for i in range(2):
         write_tar(tmp_path / f"{i}.tar", {"a.jpg": jpeg(i)})
     images = find_images(tmp_path)
+    assert images.read(0) == jpeg(0)  # from now on the shard is open
     write_tar(tmp_path / "0.tar", {"b.jpg": jpeg(7), "c.jpg": jpeg()})
     (tmp_path / "1.tar").unlink()
     for i, words in enumerate(
-        (r"^0\.tar/a\.jpg: .*changed after it was indexed", r"^1\.tar/a\.jpg: .*No such file")
+        (r"^0\.tar/a\.jpg: 0\.tar was changed after it was indexed", r"^1\.tar/a\.jpg: No such file or dir")
     ):
         with pytest.raises(BadImageError, match=words), images.open(i):
             pass
@@ -430,6 +453,14 @@ def test_a_damaged_index_is_made_anew(folder: Path) -> None:
         assert len(path.read_bytes()) == len(whole)
 
 
+def test_an_index_that_says_infinity_is_made_anew(folder: Path) -> None:
+    expected, path = find_images(folder), folder / "index.safetensors"
+    with shard_index.safe_open(path, framework="numpy") as file:
+        about = json.loads(file.metadata()["index"]) | {"num_left_out": float("inf")}
+    save_file(load_file(path), path, {"index": json.dumps(about)})
+    assert find_images(folder).description == expected.description
+
+
 def test_where_it_cannot_be_stored_it_stays_in_memory(folder: Path) -> None:
     (folder / "index.safetensors").mkdir()
     images = find_images(folder)
@@ -478,11 +509,13 @@ def test_labels_in_json_and_other_members(tmp_path: Path) -> None:
 
 def test_where_a_label_is_missing_there_are_none(tmp_path: Path) -> None:
     other = {
-        "b.json": b'{"label": "cat"}',
+        "b.json": b'{"label": 1}',
         "c.json": b"[1]",
         "d.json": b"[" * 10**5,
         "e.json": b'{"label": -1}',
+        "a.json": b'{"label": "cat"}',
     }
+    other["b.json"] += b" " * shard_index.MAX_LABEL_BYTES
     write_tar(tmp_path / "a.tar", {f"{key}.jpg": jpeg() for key in "abcde"} | {"a.cls": b"3"} | other)
     images = find_images(tmp_path)
     assert images.labels is None and images.class_names is None
@@ -602,3 +635,10 @@ def test_reconstruct_takes_pictures_from_shards(
     given = [str(files.NANO), str(sample[1]), "--num", "2", "--device", "cpu", "--out", str(out)]
     assert cli.main(["reconstruct", *given]) == 0
     assert "2 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num", ["0", "-2"])
+def test_reconstruct_takes_at_least_one_picture(num: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["reconstruct", "run", "images", "--num", num]) == 2
+    message = capsys.readouterr().err
+    assert f"--num is {num}" in message and message.count("\n") == 1
