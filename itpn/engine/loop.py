@@ -214,6 +214,8 @@ class Training:
                     self._evaluate(step, at_epoch_end, interruption)
             except Interrupted:
                 self._stop(step, interruption.signal)
+        if step < self.num_steps:
+            self.place.say(f"stopped at step {step} of {self.num_steps}, as --max-steps says")
         return step == self.num_steps
 
     def _settle(self, batches: Batches, start_step: int) -> int:
