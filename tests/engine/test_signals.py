@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM at every kind of moment: a message, a checkpoint, the exit status; nothing is lost."""
 
+import re
 import signal
 from pathlib import Path
 
@@ -69,7 +70,11 @@ def test_under_torchrun(images: Path, tmp_path: Path, whole_on_2_ranks: Path) ->
         ended = train(images, run, [trap], *RARELY, "--data.workers", 1, ranks=2)
         assert ended.status != 0
         print(f"{ended.seconds_since_signal:.1f} s from {signal.Signals(number).name} to torchrun's exit")
-        assert f"stopped at step {step} of 60" in ended.output, ended.output
-        assert (run / "checkpoints/last").read_text() == f"{step:08d}"
+        found = re.search(r"stopped at step (\d+) of 60", ended.output)
+        assert found, ended.output
+        stopped = int(found[1])
+        # torchrun takes a moment to pass a signal on, in which steps may end; but no evaluation.
+        assert stopped == step or (trap[2] == "interrupt_torchrun" and step < stopped <= 20)
+        assert (run / "checkpoints/last").read_text() == f"{stopped:08d}"
     assert train(images, run, ranks=2).status == 0
     assert outcome(run) == outcome(whole_on_2_ranks)
