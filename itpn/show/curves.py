@@ -121,11 +121,10 @@ def read_metrics(path: Path) -> Metrics:
 
 def _draw_panel(panel: Axes, metrics: Mapping[str, Sequence[Metrics]], key: str, against: str) -> None:
     quantity = USUAL.get(key, Quantity(title=key.replace("_", " "), axis=key))
-    # The cycles have no end, so they cannot be as long as what they are zipped with.
     curves = [
         (*_series(run, key, against), colour, style)
-        for arm, colour in zip(metrics.values(), cycle(COLOURS), strict=False)
-        for run, style in zip(arm, cycle(LINE_STYLES), strict=False)
+        for arm, colour in zip(metrics.values(), cycle(COLOURS), strict=False)  # a cycle has no end
+        for run, style in zip(arm, cycle(LINE_STYLES), strict=False)  # nor has this one
     ]
     for x, y, colour, style in curves:
         shown = _running_mean(y) if quantity.noisy else y
