@@ -197,7 +197,7 @@ class Training:
             self.place.say(f"{self.place.directory} is at step {step} already: no step is left to take")
             return False
         self.place.begin()
-        micro_batch = self._settle(batches, step)
+        self._settle(batches, step)
         self.bad.begin()
         self.log.begin(step)
         with (
@@ -206,7 +206,7 @@ class Training:
         ):
             try:
                 self._evaluate(step, at_epoch_end, interruption)
-                stream = batches(step, micro_batch)
+                stream = batches(step, self.micro_batch)
                 while step < self.last_step:
                     self._step(step, stream, interruption)
                     step += 1
@@ -218,11 +218,11 @@ class Training:
             self.place.say(f"stopped at step {step} of {self.num_steps}, as --max-steps says")
         return step == self.num_steps
 
-    def _settle(self, batches: Batches, start_step: int) -> int:
+    def _settle(self, batches: Batches, start_step: int) -> None:
         """How the batch is cut up, said in one line; from here on the model is ready."""
         loop, world = self.loop, self.world
         share = loop.batch_size // world.size
-        micro_batch = device_batch.settle(
+        self.micro_batch = device_batch.settle(
             self.objective,
             lambda size: next(batches(start_step, size)),
             self.place,
@@ -230,18 +230,17 @@ class Training:
             given=loop.device_batch,
             precision=self.precision,
         )
-        self.micro_batch, self.accumulation = micro_batch, share // micro_batch
+        self.accumulation = share // self.micro_batch
         self.model = world.wrap(self.objective)
         self.place.say(
             f"{self.place.directory}: step {start_step} of {self.num_steps} ({loop.epochs} epochs) "
             f"on {world.device.type} in {str(self.precision).removeprefix('torch.')}; "
-            f"batch {loop.batch_size} = {world.size} ranks x {micro_batch} images "
+            f"batch {loop.batch_size} = {world.size} ranks x {self.micro_batch} images "
             f"x {self.accumulation} micro-steps"
         )
         if world.device.type == "cuda" and hasattr(self.hooks, "flops_per_image"):
             ceiling = world.size * matmul_ceiling(world.device, self.precision)
             self.log.mfu_per_rate = self.hooks.flops_per_image() / ceiling
-        return micro_batch
 
     def _step(self, step: int, stream: Iterator[Batch], interruption: Interruption) -> None:
         """Forward and backward of every micro-batch, then the optimiser, then what the objective does."""
