@@ -14,7 +14,7 @@ import tyro
 from itpn.data.images import find_images
 from itpn.data.loader import DataConfig, eval_loader, steps_per_epoch, train_loader
 from itpn.engine.schedule import CosineConfig, lr_at
-from itpn.heads.classify import Classifier, smoothed_cross_entropy
+from itpn.heads.classify import Classifier, ClassifierConfig, smoothed_cross_entropy
 from itpn.nn.pyramid import ModelConfig
 from itpn.objectives.pixel import PixelConfig, PixelObjective
 from itpn.recipes.pretrain import demo
@@ -54,7 +54,7 @@ def main() -> None:
         raise SystemExit("train and val need the same class folders")
     start = starting_point(arguments.init)
     size = start.model.backbone.config.image_size
-    model = Classifier(start.model.backbone, len(images.class_names or ()))
+    model = Classifier(start.model.backbone, ClassifierConfig(num_classes=len(images.class_names or ())))
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         betas=(0.9, 0.999), weight_decay=arguments.weight_decay, fused=True,

@@ -1,26 +1,54 @@
-"""Classification: mean of stage 3's tokens, LayerNorm, linear (the authors' ``fc_norm`` and ``head``)."""
+"""Classification: the mean of stage 3's tokens, a LayerNorm, a linear layer."""
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from itpn.errors import UserError
 from itpn.nn.hivit import HiViT
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    num_classes: int
+    """Classes to tell apart."""
+    pooling: Literal["mean-norm", "norm-mean", "mean"] = "mean-norm"
+    """From tokens to one vector: the mean and then a LayerNorm (the authors' recipes), a LayerNorm of each
+    token and then the mean (Fast-iTPN's other form), or the mean alone (mmpretrain's HiViT)."""
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 1:
+            raise UserError(f"classifier.num_classes: {self.num_classes} must be at least 1")
 
 
 class Classifier(nn.Module):
     """A backbone with a head that starts close to zero, so that the first steps leave the backbone alone."""
 
-    def __init__(self, backbone: HiViT, num_classes: int) -> None:
+    def __init__(self, backbone: HiViT, config: ClassifierConfig) -> None:
         super().__init__()
         width = backbone.config.shape.width
+        self.config = config
         self.backbone = backbone
-        self.norm = nn.LayerNorm(width, backbone.config.norm_eps)
-        self.head = nn.Linear(width, num_classes)
+        self.norm = (
+            nn.Identity() if config.pooling == "mean" else nn.LayerNorm(width, backbone.config.norm_eps)
+        )
+        self.head = nn.Linear(width, config.num_classes)
         nn.init.normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
 
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Tokens ``[B, N, C]`` to what the linear layer sees, ``[B, C]``."""
+        if self.config.pooling == "norm-mean":
+            pooled: Tensor = self.norm(tokens).mean(1)
+        else:
+            pooled = self.norm(tokens.mean(1))
+        return pooled
+
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images ``[B, c, H, W]`` to logits ``[B, classes]``."""
-        logits: Tensor = self.head(self.norm(self.backbone(images).c16.mean(1)))
+        logits: Tensor = self.head(self.pool(self.backbone(images).c16))
         return logits
 
 

@@ -17,14 +17,17 @@ from itpn.errors import UserError
 from itpn.nn.layers import GlobalBlock, LocalBlock, Merge, cells_of, init_linears
 from itpn.nn.positions import Grid, Relative, relative_index, resample_table, sincos_table
 
+Layers = Literal["hivit", "fast"]
+
 
 class Shape(NamedTuple):
     """One size: stage 3's width (stage 1 has a quarter, stage 2 a half), blocks per stage, attention
-    heads."""
+    heads, and what the blocks are made of."""
 
     width: int
     depths: tuple[int, int, int]
     num_heads: int
+    layers: Layers = "hivit"
 
 
 SIZES = {
@@ -36,6 +39,11 @@ SIZES = {
     "itpn_large": Shape(768, (2, 2, 40), 12),
     "itpn_nano": Shape(192, (1, 1, 6), 3),
     "itpn_pico": Shape(64, (1, 1, 2), 2),
+    "fast_itpn_tiny": Shape(384, (1, 1, 12), 6, "fast"),
+    "fast_itpn_small": Shape(384, (2, 2, 20), 6, "fast"),
+    "fast_itpn_base": Shape(512, (3, 3, 24), 8, "fast"),
+    "fast_itpn_large": Shape(768, (2, 2, 40), 12, "fast"),
+    "fast_itpn_nano": Shape(192, (1, 1, 6), 3, "fast"),
 }
 
 
@@ -59,6 +67,10 @@ class HiViTConfig:
     """Blocks per stage. None: the size's."""
     num_heads: int | None = None
     """Attention heads of stage 3. None: the size's."""
+    layers: Layers | None = None
+    """What the blocks are made of: HiViT's layers, or Fast-iTPN's (no norm after the stem, LayerNorm inside
+    the MLPs, a gated MLP in stage 3, biases in the merges but not for the keys, layer scale in stage 3
+    alone). None: the size's."""
     image_size: int = 224
     """Pixels per side that the position tables are made for; other sizes resample them."""
     patch_size: int = 16
@@ -67,10 +79,14 @@ class HiViTConfig:
     """Channels of an image."""
     early_mlp_ratio: float = 3.0
     """Hidden over outer width of the MLPs in stages 1 and 2."""
-    mlp_ratio: float = 4.0
-    """Hidden over outer width of the MLPs in stage 3."""
+    mlp_ratio: float | None = None
+    """Hidden over outer width of the MLPs in stage 3. None: 4, or 3 for Fast-iTPN's layers."""
     relative_position_bias: bool = False
     """Give each attention block a learned bias per head and offset."""
+    relative_position_decomposed: bool = False
+    """Learn that bias as ViTDet does: one vector per row and per column offset, multiplied by the query."""
+    relative_image_size: int | None = None
+    """Pixels per side that the relative-position tables are made for. None: image_size."""
     layer_scale: float | None = None
     """Initial value of a learned scale on every residual branch. None: no scale."""
     drop_path: float = 0.0
@@ -96,12 +112,14 @@ class HiViTConfig:
             raise UserError(f"model.backbone.size: no size {self.size!r}; choose one of {', '.join(SIZES)}")
         if self.patch_size < 4 or self.patch_size % 4:
             raise UserError(f"model.backbone.patch_size: {self.patch_size} is not a multiple of 4 pixels")
-        if self.image_size < self.patch_size or self.image_size % self.patch_size:
-            nearest = max(1, round(self.image_size / self.patch_size)) * self.patch_size
-            raise UserError(
-                f"model.backbone.image_size: {self.image_size} is not a multiple of the unit of "
-                f"{self.patch_size} pixels; the nearest is {nearest}"
-            )
+        for name in ("image_size", "relative_image_size"):
+            size = getattr(self, name)
+            if size is not None and (size < self.patch_size or size % self.patch_size):
+                nearest = max(1, round(size / self.patch_size)) * self.patch_size
+                raise UserError(
+                    f"model.backbone.{name}: {size} is not a multiple of the unit of "
+                    f"{self.patch_size} pixels; the nearest is {nearest}"
+                )
         if min(self.shape.width, self.shape.num_heads, self.in_channels, *self.shape.depths) < 1:
             raise UserError(
                 "model.backbone: width, num_heads, in_channels and every depth must be at least 1"
@@ -117,13 +135,23 @@ class HiViTConfig:
     @property
     def shape(self) -> Shape:
         size = SIZES[self.size]
-        given = (self.width, self.depths, self.num_heads)
+        given = (self.width, self.depths, self.num_heads, self.layers)
         return Shape(*(row if own is None else own for own, row in zip(given, size, strict=True)))  # type: ignore[arg-type]
 
     @property
     def grid(self) -> Grid:
         side = self.image_size // self.patch_size
         return side, side
+
+    @property
+    def relative_grid(self) -> Grid | None:
+        """The grid that the relative-position tables are made for; None without them."""
+        side = (self.relative_image_size or self.image_size) // self.patch_size
+        return (side, side) if self.relative_position_bias else None
+
+    @property
+    def stage3_mlp_ratio(self) -> float:
+        return self.mlp_ratio or (3.0 if self.shape.layers == "fast" else 4.0)
 
     @property
     def num_units(self) -> int:
@@ -139,25 +167,35 @@ class HiViT(nn.Module):
     def __init__(self, config: HiViTConfig) -> None:
         super().__init__()
         self.config = config
-        width, depths, num_heads = config.shape
-        early, eps, scale = config.early_mlp_ratio, config.norm_eps, config.layer_scale
-        window = config.grid if config.relative_position_bias else None
+        width, depths, num_heads, layers = config.shape
+        fast, early, eps, scale = (
+            layers == "fast",
+            config.early_mlp_ratio,
+            config.norm_eps,
+            config.layer_scale,
+        )
         rates = torch.linspace(0, config.drop_path, sum(depths), device="cpu").tolist()
         rates1, rates2, rates3 = rates[: depths[0]], rates[depths[0] : -depths[2]], rates[-depths[2] :]
 
+        def local_block(width: int, rate: float) -> LocalBlock:
+            return LocalBlock(width, early, eps, None if fast else scale, rate, inner_norm=fast)
+
+        def global_block(rate: float) -> GlobalBlock:
+            ratio, window = config.stage3_mlp_ratio, config.relative_grid
+            decomposed = config.relative_position_decomposed
+            return GlobalBlock(width, num_heads, ratio, eps, window, scale, rate, decomposed, fast)
+
         cell = config.patch_size // 4
         self.stem_proj = nn.Linear(cell * cell * config.in_channels, width // 4)
-        self.stem_norm = nn.LayerNorm(width // 4, eps)
-        self.stage1 = nn.ModuleList([LocalBlock(width // 4, early, eps, scale, rate) for rate in rates1])
-        self.merge1 = Merge(width // 4, eps)
-        self.stage2 = nn.ModuleList([LocalBlock(width // 2, early, eps, scale, rate) for rate in rates2])
-        self.merge2 = Merge(width // 2, eps)
+        self.stem_norm = nn.Identity() if fast else nn.LayerNorm(width // 4, eps)
+        self.stage1 = nn.ModuleList([local_block(width // 4, rate) for rate in rates1])
+        self.merge1 = Merge(width // 4, eps, fast)
+        self.stage2 = nn.ModuleList([local_block(width // 2, rate) for rate in rates2])
+        self.merge2 = Merge(width // 2, eps, fast)
         self.position = nn.Parameter(
             torch.empty(config.num_units, width), requires_grad=not config.position_frozen
         )
-        self.stage3 = nn.ModuleList(
-            [GlobalBlock(width, num_heads, config.mlp_ratio, eps, window, scale, rate) for rate in rates3]
-        )
+        self.stage3 = nn.ModuleList([global_block(rate) for rate in rates3])
         self.num_drops = sum(block.num_drops for block in self.blocks())
         self.reset_parameters()
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from itpn.nn.positions import Relative, resample_relative
+from itpn.nn.positions import Grid, Relative, resample_axis, resample_relative
 
 
 def units_of(images: Tensor, patch_size: int) -> Tensor:
@@ -54,13 +54,33 @@ def drop_path(branch: Tensor, uniform: Tensor | None, rate: float) -> Tensor:
 
 
 class Mlp(nn.Module):
-    def __init__(self, width: int, ratio: float) -> None:
+    """Linear, GELU, linear; with ``norm_eps`` a LayerNorm on the hidden channels before the second one."""
+
+    def __init__(self, width: int, ratio: float, norm_eps: float | None = None) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, int(width * ratio))
-        self.fc2 = nn.Linear(int(width * ratio), width)
+        hidden = int(width * ratio)
+        self.fc1 = nn.Linear(width, hidden)
+        self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(hidden, norm_eps)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc2(F.gelu(self.fc1(x)))
+        x = self.fc2(self.norm(F.gelu(self.fc1(x))))
+        return x
+
+
+class SwiGlu(nn.Module):
+    """Gated MLP of Fast-iTPN: ``fc2(norm(silu(gate(x)) * fc1(x)))``."""
+
+    def __init__(self, width: int, ratio: float, norm_eps: float) -> None:
+        super().__init__()
+        hidden = int(width * ratio)
+        self.gate = nn.Linear(width, hidden)
+        self.fc1 = nn.Linear(width, hidden)
+        self.norm = nn.LayerNorm(hidden, norm_eps)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc2(self.norm(F.silu(self.gate(x)) * self.fc1(x)))
         return x
 
 
@@ -85,32 +105,62 @@ class Attention(nn.Module):
     """Multi-head self-attention over any set of tokens, with an optional relative-position bias per head.
 
     Args:
-        window: grid ``(rows, cols)`` that the bias table is made for, or None for no bias.
+        window: grid ``(rows, cols)`` that the bias is learned for, or None for no bias.
+        decomposed: learn the bias as ViTDet does, one vector per row and per column offset, which all heads
+            share and whose products with the unscaled query are added; else one number per head and offset.
+        key_bias: give queries, keys and values a bias; without it only queries and values (Fast-iTPN).
     """
 
-    def __init__(self, width: int, num_heads: int, window: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        window: Grid | None = None,
+        decomposed: bool = False,
+        key_bias: bool = True,
+    ) -> None:
         super().__init__()
-        self.num_heads, self.window = num_heads, window
-        self.qkv = nn.Linear(width, 3 * width)
+        self.num_heads, self.window, self.decomposed = num_heads, window, decomposed
+        self.qkv = nn.Linear(width, 3 * width, bias=key_bias)
+        self.q_bias = None if key_bias else nn.Parameter(torch.zeros(width))
+        self.v_bias = None if key_bias else nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
-        if window is not None:
+        if window is not None and decomposed:
+            self.relative_position_rows = nn.Parameter(torch.zeros(2 * window[0] - 1, width // num_heads))
+            self.relative_position_cols = nn.Parameter(torch.zeros(2 * window[1] - 1, width // num_heads))
+        elif window is not None:
             self.relative_position = nn.Parameter(
                 torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), num_heads)
             )
 
     def forward(self, x: Tensor, relative: Relative | None = None) -> Tensor:
         B, L, C = x.shape
-        q, k, v = self.qkv(x).view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        x = attend(q, k, v, self.bias(relative, q.dtype))
+        bias = self.qkv.bias
+        if self.q_bias is not None and self.v_bias is not None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias)
+        q, k, v = qkv.view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        x = attend(q, k, v, self.bias(relative, q))
         x = self.proj(x.transpose(1, 2).reshape(B, L, C))
         return x
 
-    def bias(self, relative: Relative | None, dtype: torch.dtype) -> Tensor | None:
+    def bias(self, relative: Relative | None, q: Tensor) -> Tensor | None:
         """The bias ``[heads, L, L]`` or ``[B, heads, L, L]`` for the given pairs of positions."""
         if self.window is None or relative is None:
             return None
-        table = resample_relative(self.relative_position, self.window, relative.grid)
-        return F.embedding(relative.pairs, table).movedim(-1, -3).to(dtype)
+        if not self.decomposed:
+            table = resample_relative(self.relative_position, self.window, relative.grid)
+            return F.embedding(relative.pairs, table).movedim(-1, -3).to(q.dtype)
+        num_cols = 2 * relative.grid[1] - 1
+        pairs = relative.pairs if relative.pairs.ndim == 3 else relative.pairs[None]
+        return self._along(q, self.relative_position_rows, relative.grid[0], pairs // num_cols) + self._along(
+            q, self.relative_position_cols, relative.grid[1], pairs % num_cols
+        )
+
+    def _along(self, q: Tensor, table: Tensor, size: int, offsets: Tensor) -> Tensor:
+        """Products ``[B, heads, L, L]`` of each query with the vectors of its keys' offsets along one axis."""
+        products = q @ resample_axis(table, size).to(q.dtype).T
+        return products.gather(-1, offsets[:, None].expand(*products.shape[:3], offsets.shape[-1]))
 
 
 class LayerScale(nn.Module):
@@ -132,11 +182,17 @@ class LocalBlock(nn.Module):
     num_drops = 1
 
     def __init__(
-        self, width: int, mlp_ratio: float, norm_eps: float, scale: float | None = None, drop: float = 0.0
+        self,
+        width: int,
+        mlp_ratio: float,
+        norm_eps: float,
+        scale: float | None = None,
+        drop: float = 0.0,
+        inner_norm: bool = False,
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, norm_eps)
-        self.mlp = Mlp(width, mlp_ratio)
+        self.mlp = Mlp(width, mlp_ratio, norm_eps if inner_norm else None)
         self.scale = layer_scale(width, scale)
         self.drop = drop
 
@@ -147,7 +203,12 @@ class LocalBlock(nn.Module):
 
 
 class GlobalBlock(nn.Module):
-    """Pre-norm attention over all given tokens, then a pre-norm MLP."""
+    """Pre-norm attention over all given tokens, then a pre-norm MLP.
+
+    Args:
+        window, decomposed: see `Attention`.
+        fast: Fast-iTPN's choice: no bias for the keys, a gated MLP.
+    """
 
     num_drops = 2
 
@@ -157,16 +218,18 @@ class GlobalBlock(nn.Module):
         num_heads: int,
         mlp_ratio: float,
         norm_eps: float,
-        window: tuple[int, int] | None = None,
+        window: Grid | None = None,
         scale: float | None = None,
         drop: float = 0.0,
+        decomposed: bool = False,
+        fast: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, norm_eps)
-        self.attn = Attention(width, num_heads, window)
+        self.attn = Attention(width, num_heads, window, decomposed, key_bias=not fast)
         self.scale1 = layer_scale(width, scale)
         self.norm2 = nn.LayerNorm(width, norm_eps)
-        self.mlp = Mlp(width, mlp_ratio)
+        self.mlp = SwiGlu(width, mlp_ratio, norm_eps) if fast else Mlp(width, mlp_ratio)
         self.scale2 = layer_scale(width, scale)
         self.drop = drop
 
@@ -181,37 +244,46 @@ class Merge(nn.Module):
     """2x2 cells become one of twice the width: gather, LayerNorm, linear 4C -> 2C without bias.
 
     The four are gathered with the row changing fastest, (0,0), (1,0), (0,1), (1,1), as the released weights
-    need.
+    need. ``fast``: LayerNorm of each cell first, then gather and a linear layer with bias, which is
+    Fast-iTPN's 2x2 convolution of stride 2.
     """
 
-    def __init__(self, width: int, norm_eps: float) -> None:
+    def __init__(self, width: int, norm_eps: float, fast: bool = False) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * width, norm_eps)
-        self.reduce = nn.Linear(4 * width, 2 * width, bias=False)
+        self.fast = fast
+        self.norm = nn.LayerNorm(width if fast else 4 * width, norm_eps)
+        self.reduce = nn.Linear(4 * width, 2 * width, bias=fast)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, N, h, w, C = x.shape
-        x = (
-            x.view(B, N, h // 2, 2, w // 2, 2, C)
-            .permute(0, 1, 2, 4, 5, 3, 6)
-            .reshape(B, N, h // 2, w // 2, 4 * C)
-        )
-        x = self.reduce(self.norm(x))
+        x = gather_2x2(self.norm(x)) if self.fast else self.norm(gather_2x2(x))
+        x = self.reduce(x)
         return x
 
 
-class Split(nn.Module):
-    """One cell becomes 2x2: LayerNorm, linear C -> 4F without bias, the four laid out row by row."""
+def gather_2x2(x: Tensor) -> Tensor:
+    """``[B, N, h, w, C]`` to ``[B, N, h / 2, w / 2, 4C]``, the row changing fastest among the four."""
+    B, N, h, w, C = x.shape
+    x = x.view(B, N, h // 2, 2, w // 2, 2, C).permute(0, 1, 2, 4, 5, 3, 6)
+    return x.reshape(B, N, h // 2, w // 2, 4 * C)
 
-    def __init__(self, width: int, out: int, norm_eps: float) -> None:
+
+class Split(nn.Module):
+    """One cell becomes 2x2: LayerNorm, linear C -> 4F, the four laid out row by row.
+
+    With ``bias`` [F] it is Fast-iTPN's transposed 2x2 convolution of stride 2.
+    """
+
+    def __init__(self, width: int, out: int, norm_eps: float, bias: bool = False) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, norm_eps)
         self.expand = nn.Linear(width, 4 * out, bias=False)
+        self.bias = nn.Parameter(torch.zeros(out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, h, w, _ = x.shape
         x = self.expand(self.norm(x)).view(B, N, h, w, 2, 2, -1)
-        return x.permute(0, 1, 2, 4, 3, 5, 6).reshape(B, N, 2 * h, 2 * w, -1)
+        x = x.permute(0, 1, 2, 4, 3, 5, 6).reshape(B, N, 2 * h, 2 * w, -1)
+        return x if self.bias is None else x + self.bias
 
 
 def init_linears(module: nn.Module, scheme: str) -> None:

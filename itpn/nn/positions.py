@@ -73,3 +73,10 @@ def relative_index(grid: Grid) -> Tensor:
     cells = torch.arange(rows * cols, device="cpu")
     y, x = cells // cols, cells % cols
     return (y[:, None] - y + rows - 1) * (2 * cols - 1) + (x[:, None] - x + cols - 1)
+
+
+def resample_axis(table: Tensor, size: int) -> Tensor:
+    """Resample a table of offsets along one axis ``[2S-1, D]`` to ``size`` units, linearly, as ViTDet does."""
+    if len(table) == 2 * size - 1:
+        return table
+    return F.interpolate(table.T[None].float(), size=2 * size - 1, mode="linear")[0].T

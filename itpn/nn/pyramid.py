@@ -3,11 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from itpn.errors import UserError
-from itpn.nn.hivit import Features, HiViT, HiViTConfig
-from itpn.nn.layers import LocalBlock, Split, init_linears
+from itpn.nn.hivit import Features, HiViT, HiViTConfig, Layers
+from itpn.nn.layers import LocalBlock, Split, init_linears, to_map
+from itpn.nn.positions import Grid
 
 
 class Levels(NamedTuple):
@@ -28,6 +31,9 @@ class PyramidConfig:
     """Hidden over outer width of the MLPs."""
     norm_eps: float = 1e-6
     """Epsilon of every LayerNorm."""
+    layers: Layers = "hivit"
+    """What it is made of: linear layers without bias, or Fast-iTPN's, where laterals and splits have one and
+    the backbone's output is normalised first. Its published numbers are depth 1 and mlp-ratio 8 / 3."""
     init: Literal["normal", "xavier"] = "normal"
     """Start of the linear layers: N(0, 0.02), or Xavier-uniform (the mmpretrain models)."""
 
@@ -44,26 +50,51 @@ class Pyramid(nn.Module):
 
     def __init__(self, backbone_width: int, config: PyramidConfig) -> None:
         super().__init__()
-        C, width, eps = backbone_width, config.width, config.norm_eps
+        C, width, eps, fast = backbone_width, config.width, config.norm_eps, config.layers == "fast"
 
         def block() -> LocalBlock:
             return LocalBlock(width, config.mlp_ratio, eps)
 
         self.config = config
+        self.norm = nn.LayerNorm(C, eps) if fast else nn.Identity()
         self.align = nn.Linear(C, width) if width != C else nn.Identity()
-        self.split8 = Split(C, width, eps)
-        self.lateral8 = nn.Linear(C // 2, width, bias=False)
+        self.split8 = Split(C, width, eps, bias=fast)
+        self.lateral8 = nn.Linear(C // 2, width, bias=fast)
         self.blocks8 = nn.Sequential(*[block() for _ in range(config.depth)])
-        self.split4 = Split(width, width, eps)
-        self.lateral4 = nn.Linear(C // 4, width, bias=False)
+        self.split4 = Split(width, width, eps, bias=fast)
+        self.lateral4 = nn.Linear(C // 4, width, bias=fast)
         self.blocks4 = nn.Sequential(*[block() for _ in range(config.depth)])
         self.out4, self.out8, self.out16 = block(), block(), block()
         init_linears(self, config.init)
 
     def forward(self, features: Features) -> Levels:
-        p8 = self.blocks8(self.split8(features.c16[:, :, None, None]) + self.lateral8(features.c8))
+        c16 = self.norm(features.c16)
+        p8 = self.blocks8(self.split8(c16[:, :, None, None]) + self.lateral8(features.c8))
         p4 = self.blocks4(self.split4(p8) + self.lateral4(features.c4))
-        return Levels(self.out4(p4), self.out8(p8), self.out16(self.align(features.c16)))
+        return Levels(self.out4(p4), self.out8(p8), self.out16(self.align(c16)))
+
+
+def detection_maps(levels: Levels, grid: Grid) -> list[Tensor]:
+    """Five maps ``[B, F, h, w]`` of strides 4 to 64, fine to coarse: 32 and 64 are average-pooled from 16.
+
+    What the authors' detectors see; an odd row or column at the end is dropped by the pooling, as there.
+    """
+    maps = [to_map(level, grid) for level in levels]
+    maps.append(F.avg_pool2d(maps[-1], 2))
+    maps.append(F.avg_pool2d(maps[-1], 2))
+    return maps
+
+
+def segmentation_maps(features: Features, levels: Levels, grid: Grid) -> list[Tensor]:
+    """Four maps of strides 4 to 32: each level beside its stage's own feature, and 16 max-pooled.
+
+    Channels F + C/4, F + C/2, F + C, F + C, as the authors' segmentation heads see them.
+    """
+    maps = [
+        torch.cat([to_map(level, grid), to_map(feature, grid)], 1)
+        for level, feature in zip(levels, features, strict=True)
+    ]
+    return [*maps, F.max_pool2d(maps[-1], 2)]
 
 
 @dataclass(frozen=True, kw_only=True)
