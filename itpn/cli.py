@@ -14,6 +14,7 @@ COMMANDS = {
     "reconstruct": ("itpn.commands.reconstruct", "show what a run fills in where images are masked"),
     "info": ("itpn.commands.info", "a config's parameters and multiply-adds"),
     "configs": ("itpn.commands.configs", "list the configs"),
+    "convert": ("itpn.commands.convert", "translate a released checkpoint to a file of ours, or back"),
     "sample-data": ("itpn.commands.sample_data", "write the sample as image folder, COCO and ADE20K"),
     "shard": (
         "itpn.commands.shard",

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from itpn.errors import UserError
 from itpn.nn.layers import GlobalBlock, LocalBlock, Merge, cells_of, init_linears
-from itpn.nn.positions import Grid, Relative, relative_index, resample_table, sincos_table
+from itpn.nn.positions import Grid, Relative, RelativeMethod, relative_index, resample_table, sincos_table
 
 Layers = Literal["hivit", "fast"]
 
@@ -101,6 +101,10 @@ class HiViTConfig:
     """How the table meets another grid: bicubic by size, or by the published factor (size + 0.1) / table
     size, which also resamples at the native size when units are dropped (an accident that the released pixel
     weights saw)."""
+    relative_resampling: RelativeMethod = "fraction"
+    """How relative-position tables meet another grid: an offset keeps its fraction of the picture; or the table
+    is resized like a picture, as the authors' segmentation loader does; or its far offsets are spread
+    geometrically, as BEiT's loader does."""
     stem_init: Literal["default", "xavier"] = "default"
     """Start of the stem's weights: torch's own for a convolution, or Xavier-uniform (the mmpretrain
     models)."""
@@ -275,7 +279,7 @@ class HiViT(nn.Module):
         pairs = relative_index(grid).to(device)
         if keep is not None:
             pairs = pairs[keep[:, :, None], keep[:, None, :]]
-        return Relative(pairs, grid)
+        return Relative(pairs, grid, self.config.relative_resampling)
 
     def forward(self, images: Tensor, keep: Tensor | None = None, drop: Tensor | None = None) -> Features:
         """Normalised images ``[B, c, H, W]`` to stage features, of all units or those in ``keep [B, K]``.

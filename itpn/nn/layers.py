@@ -135,7 +135,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, relative: Relative | None = None) -> Tensor:
         B, L, C = x.shape
-        bias = self.qkv.bias
+        bias: Tensor | None = self.qkv.bias
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias)
@@ -149,7 +149,7 @@ class Attention(nn.Module):
         if self.window is None or relative is None:
             return None
         if not self.decomposed:
-            table = resample_relative(self.relative_position, self.window, relative.grid)
+            table = resample_relative(self.relative_position, self.window, relative.grid, relative.method)
             return F.embedding(relative.pairs, table).movedim(-1, -3).to(q.dtype)
         num_cols = 2 * relative.grid[1] - 1
         pairs = relative.pairs if relative.pairs.ndim == 3 else relative.pairs[None]
@@ -158,7 +158,7 @@ class Attention(nn.Module):
         )
 
     def _along(self, q: Tensor, table: Tensor, size: int, offsets: Tensor) -> Tensor:
-        """Products ``[B, heads, L, L]`` of each query with the vectors of its keys' offsets along one axis."""
+        """Products ``[B, heads, L, L]`` of each query with the vectors of its keys' offsets on one axis."""
         products = q @ resample_axis(table, size).to(q.dtype).T
         return products.gather(-1, offsets[:, None].expand(*products.shape[:3], offsets.shape[-1]))
 

@@ -12,17 +12,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import cattrs
+import torch
 from cattrs.errors import BaseValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from itpn.engine import checkpoint
 from itpn.errors import UserError
-from itpn.nn.positions import resample_relative, resample_table
-from itpn.nn.pyramid import ModelConfig
-from itpn.objectives.pixel import PixelObjective
+from itpn.heads.classify import Classifier, ClassifierConfig
+from itpn.nn.hivit import HiViT, HiViTConfig
+from itpn.nn.positions import resample_axis, resample_relative, resample_table
+from itpn.nn.pyramid import Model, ModelConfig
+from itpn.objectives.distill import DistillConfig, Student
+from itpn.objectives.pixel import PixelConfig, PixelObjective
 
 T = TypeVar("T")
+NOWHERE = Path("(in memory)")
 MODEL_PARTS = ("backbone.", "pyramid.")
 NANO = Path(__file__).parents[1] / "data" / "nano.safetensors"
 """A nano model pre-trained on the bundled sample, with its decoder (its card is nano.md beside it)."""
@@ -35,6 +40,8 @@ class Weights:
     tensors: dict[str, Tensor]
     config: dict[str, Any]
     """The run's whole config, as JSON values."""
+    source: dict[str, Any] | None = None
+    """Of a converted file: name and sha256 of what it was made from, its family, and what was left out."""
 
     @property
     def parts(self) -> set[str]:
@@ -74,11 +81,18 @@ def portable(objective: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     }
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+def save(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any] | None,
+    source: Mapping[str, Any] | None = None,
+) -> None:
     """Written beside and renamed, so that a file of that name is always whole."""
     beside = path.with_name(f".{path.name}.writing")
+    metadata = {"format": "pt"}
+    metadata |= {key: json.dumps(value) for key, value in (("config", config), ("source", source)) if value}
     try:
-        checkpoint.write_tensors(beside, tensors, {"format": "pt", "config": json.dumps(config)})
+        checkpoint.write_tensors(beside, tensors, metadata)
         checkpoint.sync(beside)
         beside.replace(path)
         checkpoint.sync(path.parent)
@@ -88,7 +102,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
 
 
 def read(path: Path) -> Weights:
-    """A ``pretrained.safetensors``, a ``model.safetensors``, or a run directory's newest checkpoint.
+    """A ``pretrained.safetensors``, a ``model.safetensors`` or the folder that holds it, or a run directory's
+    newest checkpoint.
 
     Raises:
         UserError: there is no such file, or it is none of ours.
@@ -107,10 +122,51 @@ def read(path: Path) -> Weights:
         raise UserError(f"cannot read {file_path} as safetensors ({error})") from error
     if "config" not in metadata:
         raise UserError(f"{file_path} carries no config of ours in its metadata; it was not written by itpn")
-    return Weights(file_path, tensors, json.loads(metadata["config"]))
+    config, source = (json.loads(metadata.get(key, "null")) for key in ("config", "source"))
+    return Weights(file_path, tensors, config, source)
+
+
+def read_if_ours(path: Path) -> Weights | None:
+    """Like `read`, but None for what is no file of ours."""
+    try:
+        return read(path)
+    except UserError:
+        return None
+
+
+def module_of(weights: Weights) -> nn.Module:
+    """What the file holds, built from its config with starting weights: backbone and pyramid alone, or with
+    what pre-training or a classifier adds to them. Its state has the file's names, some with `model.` in
+    front."""
+    model = weights.part("model", ModelConfig)
+    if weights.parts <= {"backbone", "pyramid"}:
+        return Model(model)
+    if "distill" in weights.config:
+        return Student(model, weights.part("distill", DistillConfig))
+    if "classifier" in weights.config:
+        return Classifier(HiViT(model.backbone), weights.part("classifier", ClassifierConfig))
+    return PixelObjective(model, weights.part("objective", PixelConfig))
+
+
+def misfits(weights: Weights, module: nn.Module | None = None) -> list[str]:
+    """What of a file's tensors does not fit a module, by default the one that its config describes: what is
+    missing, unknown, or has another shape. Tables that follow from the config may be missing."""
+    if module is None:
+        with torch.device("meta"):
+            module = module_of(weights)
+    own = {name.removeprefix("model."): tensor for name, tensor in module.state_dict().items()}
+    names = [name for name in {**own, **weights.tensors} if not name.endswith("decoder.position")]
+    names += [name for name in weights.tensors if name.endswith("decoder.position")]
+    return [
+        f"{name} is {_shape(weights.tensors.get(name))} there, {_shape(own.get(name))} here"
+        for name in names
+        if _shape(weights.tensors.get(name)) != _shape(own.get(name))
+    ]
 
 
 def _newest(run: Path) -> Path:
+    if (run / "model.safetensors").is_file():
+        return run / "model.safetensors"
     last = run / "checkpoints" / "last"
     if not last.is_file():
         raise UserError(
@@ -131,7 +187,10 @@ def load_into(objective: PixelObjective, weights: Weights) -> str:
     """
     own = {name.removeprefix("model."): name for name in objective.state_dict()}
     state = objective.state_dict()
-    weights = _on_grid_of(objective, weights)
+    weights = resampled(weights, objective.model.config.backbone)
+    if "objective" not in weights.config:  # its other parts are another objective's, or a classifier's
+        for part in weights.parts - {"backbone", "pyramid"}:
+            weights = weights.without(part)
     parts = sorted({name.split(".")[0] for name in own})
     taken = [part for part in parts if part in weights.parts]
     wrong = [
@@ -164,18 +223,35 @@ def load_into(objective: PixelObjective, weights: Weights) -> str:
     )
 
 
-def _on_grid_of(objective: PixelObjective, weights: Weights) -> Weights:
-    """The same weights with their position tables resampled to the objective's image size."""
-    here, there = objective.model.config.backbone, weights.part("model", ModelConfig).backbone
-    if here.grid == there.grid:
-        return weights
+def resampled(weights: Weights, backbone: HiViTConfig) -> Weights:
+    """The same weights with their position tables resampled to another image size, as the model does."""
+    there = weights.part("model", ModelConfig).backbone
+    old, new = there.relative_grid, backbone.relative_grid
+    offset = 0.1 if backbone.position_resampling == "published" else 0.0
     tensors = dict(weights.tensors)
     for name, table in weights.tensors.items():
-        if name.endswith(".relative_position"):
-            tensors[name] = resample_relative(table, there.grid, here.grid)
-        elif name == "backbone.position" or name.endswith("teacher.position"):
-            tensors[name] = resample_table(table, there.grid, here.grid)
+        if name.endswith(".relative_position") and old and new:
+            tensors[name] = resample_relative(table, old, new, backbone.relative_resampling)
+        elif name.endswith(".relative_position_rows") and new:
+            tensors[name] = resample_axis(table, new[0])
+        elif name.endswith(".relative_position_cols") and new:
+            tensors[name] = resample_axis(table, new[1])
+        elif name.endswith(("backbone.position", "teacher.position")) and there.grid != backbone.grid:
+            tensors[name] = resample_table(table, there.grid, backbone.grid, offset)
     return replace(weights, tensors=tensors)
+
+
+def load_exactly(module: nn.Module, weights: Weights) -> None:
+    """Load weights into a module of the same names.
+
+    Raises:
+        UserError: a tensor is missing, unknown, or has another shape.
+    """
+    if wrong := misfits(weights, module):
+        raise UserError(f"{weights.path}: {len(wrong)} tensors do not fit the model ({'; '.join(wrong[:3])})")
+    state = module.state_dict()
+    own = {name.removeprefix("model."): name for name in state}
+    module.load_state_dict(state | {own[name]: tensor for name, tensor in weights.tensors.items()})
 
 
 def _shape(tensor: Tensor | None) -> str:

@@ -9,7 +9,8 @@ import torch
 
 from itpn.recipes.pretrain import mmpretrain_pixel
 from itpn.tasks import build
-from itpn.weights.convert import from_mmpretrain
+from itpn.weights.files import MODEL_PARTS
+from itpn.weights.names import to_ours
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "reference/mmpretrain_init.json").read_text())
 
@@ -33,12 +34,9 @@ def their_name(place: str) -> str:
 def test_spread(started, place):
     name = their_name(place).replace("#", "0")
     blocks = {f"backbone.blocks.{i}.reduction.weight": torch.zeros(1) for i in (4, 9)}
-    [ours] = [
-        ours
-        for ours, value in from_mmpretrain({**blocks, name: torch.ones(1, 1, 1, 1)}).items()
-        if value.any()
-    ]
-    weights = started.get_parameter(ours)
+    found, _ = to_ours({**blocks, name: torch.ones(1, 1, 1, 1)}, "mmpretrain", "pixel")
+    [ours] = [ours for ours, value in found.items() if value.any()]
+    weights = started.get_parameter(f"model.{ours}" if ours.startswith(MODEL_PARTS) else ours)
     expected = REFERENCE[place]
     # The standard deviation of n draws scatters by about 1 / sqrt(2 n) of itself: allow five of that.
     scatter = 5 * expected["std"] / (2 * weights.numel()) ** 0.5 + 2e-5

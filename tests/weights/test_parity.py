@@ -1,155 +1,124 @@
-"""Number by number against the authors' and mmpretrain's models (tests/reference/README.md says how they were
-made)."""
+"""Every reference model, number by number, through `itpn convert`: keys, inferred sizes and outputs."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from itpn.nn.hivit import HiViTConfig
+from itpn.nn.layers import to_map
 from itpn.nn.positions import resample_table
-from itpn.nn.pyramid import Model, ModelConfig, PyramidConfig
-from itpn.objectives.decoder import DecoderConfig
+from itpn.nn.pyramid import detection_maps, segmentation_maps
+from itpn.objectives.distill import distill_loss
 from itpn.objectives.masking import hidden_units, kept_ids
 from itpn.objectives.pixel import PixelConfig, PixelObjective
-from itpn.weights.convert import from_mmpretrain, from_official
+from tests.weights.released import close, converted, gradients_close, load, module
 
-REFERENCE = Path(__file__).parent.parent / "reference"
-
-
-def load(name):
-    tensors = load_file(REFERENCE / f"{name}.safetensors")
-    state = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
-    return tensors, state
+GRID = (4, 4)
+PIXEL = ["pixel_finetune_rpe", "pixel_finetune_norpe", "pixel_finetune_norpe_96"]
+CLIP = ["clip_finetune", "clip_finetune_norpe"]
+FAST = ["fast_finetune_meanpool", "fast_finetune_nomeanpool"]
+PRETRAIN = ["pixel_pretrain_p16", "pixel_pretrain_p8", "mm_pixel_p16"]
 
 
-def close(ours, theirs):
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("name", PIXEL + CLIP)
+def test_classifiers(name):
+    tensors, _ = load(name)
+    model = module(converted(name))
+    close(model.backbone(tensors["input"]).c16, tensors["forward_features"])
+    close(model(tensors["input"]), tensors["logits"])
 
 
-def gradient_close(ours, theirs):
-    torch.testing.assert_close(ours, theirs, atol=1e-4 * theirs.abs().max().item(), rtol=0)
+@pytest.mark.parametrize("name", FAST)
+def test_fast_classifiers(name):
+    tensors, _ = load(name)
+    model = module(converted(name))
+    close(model.pool(model.backbone(tensors["input"]).c16), tensors["forward_features"])
+    close(model(tensors["input"]), tensors["logits"])
 
 
-def backbone(**numbers):
-    return HiViTConfig(
-        width=32,
-        num_heads=2,
-        image_size=64,
-        position_resampling="published",
-        **{"depths": (1, 1, 2)} | numbers,
-    )
+def test_mmpretrains_classifier():
+    tensors, _ = load("mm_hivit_classifier")
+    model = module(converted("mm_hivit_classifier"))
+    close(to_map(model.backbone(tensors["input"]).c16, GRID), tensors["featmap"])
+    close(model(tensors["input"]), tensors["logits"])
 
 
-def load_model(config, state):
-    model = Model(config).eval()
-    prefix = "model."
-    model.load_state_dict({key.removeprefix(prefix): value for key, value in from_official(state).items()})
-    return model
+@pytest.mark.parametrize("name", ["pixel_finetune_rpe", "clip_finetune", "fast_finetune_meanpool"])
+def test_every_stage(name):
+    """Their list of blocks is ours: stages with a merge after each of the first two."""
+    tensors, _ = load(name)
+    backbone = module(converted(name)).backbone
+    cells = backbone.stem(tensors["input"])
+    theirs = [tensors["inter.patch_embed"]]
+    theirs += [tensors[f"inter.blocks.{i}"] for i in range(sum(backbone.config.shape.depths) + 2)]
+    ours = [cells]
+    for block in [*backbone.stage1, backbone.merge1, *backbone.stage2, backbone.merge2]:
+        ours.append(block(ours[-1]))
+    taps = range(len(backbone.stage3))
+    tokens = backbone.embed(ours[-1].flatten(2), GRID)
+    ours += backbone.context(tokens, backbone.relative(GRID), taps)[1]
+    for mine, reference in zip(ours, theirs, strict=True):
+        if name.startswith("fast") and reference.ndim == 4:
+            mine = to_map(mine, GRID)
+        close(mine.reshape(reference.shape), reference)
 
 
-@pytest.mark.parametrize("name", ["pixel_finetune_rpe", "pixel_finetune_norpe", "pixel_finetune_norpe_96"])
-def test_backbone_features(name):
-    tensors, state = load(name)
-    config = backbone(relative_position_bias=name.endswith("_rpe"))
-    model = load_model(ModelConfig(backbone=config, pyramid=None), state)
-    features, levels = model(tensors["input"])
-    close(features.c16, tensors["forward_features"])
-    assert levels is None
-    if "inter.patch_embed" in tensors:
-        close(model.backbone.stem(tensors["input"]), tensors["inter.patch_embed"])
-        close(features.c4, tensors["inter.blocks.0"])
-        close(features.c8, tensors["inter.blocks.2"])
-        tokens = tensors["inter.blocks.3"].flatten(2)
-        _, taps = model.backbone.context(
-            model.backbone.embed(tokens, (4, 4)), model.backbone.relative((4, 4)), taps=(0, 1)
-        )
-        close(taps[0], tensors["inter.blocks.4"])
-        close(taps[1], tensors["inter.blocks.5"])
+@pytest.mark.parametrize("name", [*PIXEL, "clip_finetune_norpe"])
+def test_position_table_as_used(name):
+    tensors, _ = load(name)
+    backbone = module(converted(name)).backbone
     if "pos_embed_used" in tensors:
         side = tensors["input"].shape[-1] // 16
-        zeros = torch.zeros(1, side * side, 32)
-        close(model.backbone.embed(zeros, (side, side)), tensors["pos_embed_used"])
+        close(backbone.embed(torch.zeros(1, side * side, 32), (side, side)), tensors["pos_embed_used"])
     if "pos_embed_64_masked4" in tensors:
-        close(
-            resample_table(model.backbone.position, (4, 4), (4, 4), offset=0.1)[None],
-            tensors["pos_embed_64_masked4"],
-        )
+        resampled = resample_table(backbone.position, GRID, GRID, offset=0.1)
+        close(resampled[None], tensors["pos_embed_64_masked4"])
 
 
 @pytest.mark.parametrize(
-    ("name", "pyramid_width", "pyramid_depth", "numbers"),
-    [
-        ("pixel_pyramid_outs3_norpe", 24, 2, {}),
-        ("pixel_pyramid_outs3_rpe", 24, 1, {"relative_position_bias": True}),
-        ("pixel_pyramid_outs3_fpn_eq_embed", 32, 1, {"depths": (1, 1, 1)}),
-    ],
+    "name", ["pixel_pyramid_outs3_norpe", "pixel_pyramid_outs3_rpe", "pixel_pyramid_outs3_fpn_eq_embed"]
 )
-def test_pyramid_levels(name, pyramid_width, pyramid_depth, numbers):
-    tensors, state = load(name)
-    pyramid = PyramidConfig(width=pyramid_width, depth=pyramid_depth, mlp_ratio=2.0)
-    model = load_model(ModelConfig(backbone=backbone(mlp_ratio=2.0, **numbers), pyramid=pyramid), state)
-    _, levels = model(tensors["input"])
+def test_pyramid_levels(name):
+    tensors, _ = load(name)
+    _, levels = module(converted(name))(tensors["input"])
     close(levels.p16, tensors["out.0"].flatten(2))
     close(levels.p8, tensors["out.1"])
     close(levels.p4, tensors["out.2"])
 
 
-def pretraining(tensors, state, config, pixel, convert=from_official):
-    objective = PixelObjective(config, pixel)
-    objective.load_state_dict(convert(state))
-    keep = kept_ids(tensors["noise"], objective.num_kept)
-    assert torch.equal(keep, tensors["ids_keep"])
-    assert torch.equal(hidden_units(keep, 16), tensors["mask"].bool())
-    return objective, keep
+@pytest.mark.parametrize("name", ["det_pixel_outs5", "det_clip_outs5_norpe", "seg_outs4"])
+def test_maps_for_detection_and_segmentation(name):
+    tensors, _ = load(name)
+    features, levels = module(converted(name))(tensors["input"])
+    ours = detection_maps(levels, GRID) if name[0] == "d" else segmentation_maps(features, levels, GRID)
+    for i, found in enumerate(ours):
+        close(found, tensors[f"out.{i}"])
+    assert f"out.{len(ours)}" not in tensors
+
+
+def pretrained(name, resampling=None):
+    weights = converted(name)
+    if resampling:
+        backbone = {**weights.config["model"]["backbone"], "position_resampling": resampling}
+        model = {**weights.config["model"], "backbone": backbone}
+        weights = replace(weights, config={**weights.config, "model": model})
+    return module(weights)
 
 
 def predict(objective, images, keep):
-    hidden = hidden_units(keep, 16)
     embedded, levels = objective.encode(images, keep)
-    prediction = objective.head(objective.decode(embedded, keep, hidden, (4, 4)))
+    hidden = hidden_units(keep, 16)
+    prediction = objective.head(objective.decode(embedded, keep, hidden, GRID))
     return prediction, objective.pixel_loss(prediction, images, hidden), levels
 
 
-PRETRAIN = {
-    "pixel_pretrain_p16": (
-        ModelConfig(
-            backbone=backbone(depths=(1, 1, 1), mlp_ratio=2.0), pyramid=PyramidConfig(width=8, depth=1,
-            mlp_ratio=2.0)
-        ),
-        DecoderConfig(width=16, depth=1, num_heads=2, mlp_ratio=2.0),
-    ),
-    "pixel_pretrain_p8": (
-        ModelConfig(
-            backbone=HiViTConfig(
-                width=32, depths=(1, 1, 2), num_heads=2, image_size=32, patch_size=8, mlp_ratio=2.0,
-                position_resampling="published",
-            ),
-            pyramid=PyramidConfig(width=24, depth=1, mlp_ratio=2.0),
-        ),
-        DecoderConfig(width=32, depth=1, num_heads=4, mlp_ratio=2.0),
-    ),
-    "mm_pixel_p16": (
-        ModelConfig(
-            backbone=HiViTConfig(
-                width=16, depths=(2, 2, 1), num_heads=2, image_size=64, mlp_ratio=2.0,
-                position="sincos-row", position_frozen=True, position_resampling="published",
-            ),
-            pyramid=PyramidConfig(width=12, depth=1, mlp_ratio=2.0),
-        ),
-        DecoderConfig(width=16, depth=1, num_heads=2, mlp_ratio=2.0, embed_norm_eps=1e-5),
-    ),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", PRETRAIN)
-def test_pretraining_loss_prediction_and_gradients(name):
-    tensors, state = load(name)
-    model, decoder = PRETRAIN[name]
-    convert = from_mmpretrain if name.startswith("mm_") else from_official
-    objective, keep = pretraining(tensors, state, model, PixelConfig(decoder=decoder), convert)
+def test_pixel_pretraining(name):
+    tensors, _ = load(name)
+    objective = pretrained(name)
+    keep = kept_ids(tensors["noise"], objective.num_kept)
+    assert torch.equal(keep, tensors["ids_keep"])
+    assert torch.equal(hidden_units(keep, 16), tensors["mask"].bool())
     prediction, loss, levels = predict(objective, tensors["input"], keep)
     close(prediction, tensors["pred"])
     close(loss, tensors["loss"][0])
@@ -158,39 +127,60 @@ def test_pretraining_loss_prediction_and_gradients(name):
         close(levels.p8, tensors["encoder_out.1"])
         close(levels.p4, tensors["encoder_out.2"])
     if "latent.0" in tensors:
-        for ours, theirs in zip(
-            objective.model.backbone(tensors["input"], keep), ("0", "1", "2"), strict=True
-        ):
-            close(ours, tensors[f"latent.{theirs}"])
-
+        for i, ours in enumerate(objective.model.backbone(tensors["input"], keep)):
+            close(ours, tensors[f"latent.{i}"])
     loss.backward()
-    gradients = {
-        key.removeprefix("grad."): value for key, value in tensors.items() if key.startswith("grad.")
-    }
-    assert len(gradients) >= 4
-    blank = {key: torch.zeros_like(value) for key, value in state.items()}
-    for key, theirs in gradients.items():
-        # Converted as if it were the weight, a gradient tells its own place among ours.
-        [(ours, expected)] = [(k, v) for k, v in convert({**blank, key: theirs}).items() if v.any()]
-        gradient = objective.get_parameter(ours).grad
-        if ours == "model.backbone.position":
-            # At equal sizes torch's bicubic backward passes the gradient straight through although its
-            # forward resamples; the reference has that gradient, ours is the true one: undo it to compare.
-            identity = torch.eye(16)
-            gradient = torch.linalg.solve(resample_table(identity, (4, 4), (4, 4), offset=0.1).T, gradient)
-        gradient_close(gradient, expected)
+    gradients_close(name, objective)
 
 
 @pytest.mark.parametrize("name", PRETRAIN)
 def test_sound_position_resampling_is_the_diagnostic_one(name):
-    """Without the published accident the loss is the fixture's "alt" one."""
-    tensors, state = load(name)
-    model, decoder = PRETRAIN[name]
-    model = replace(model, backbone=replace(model.backbone, position_resampling="exact"))
-    convert = from_mmpretrain if name.startswith("mm_") else from_official
-    objective, keep = pretraining(tensors, state, model, PixelConfig(decoder=decoder), convert)
-    _, loss, _ = predict(objective, tensors["input"], keep)
+    """Without the published accident the loss is the reference's "alt" one."""
+    tensors, _ = load(name)
+    _, loss, _ = predict(pretrained(name, "exact"), tensors["input"], tensors["ids_keep"])
     close(loss, tensors["alt.loss_without_pos_resample"][0])
+
+
+def test_clip_pretraining():
+    tensors, _ = load("clip_pretrain")
+    student = module(converted("clip_pretrain"))
+    hidden, target = tensors["bool_masked_pos"], tensors["teacher_target"]
+    fused, auxiliary = student(tensors["input"], hidden)
+    close(fused, tensors["lm_head_out"])
+    close(auxiliary, tensors["lm_cls_head_out"])
+    for number, prediction in ((1, fused), (2, auxiliary)):
+        close(distill_loss(prediction, target, "smooth-l1"), tensors[f"loss_{number}"][0])
+        # The reference averages over all hidden units at once, ours over samples first.
+        alone = [
+            distill_loss(prediction[i : i + 1], target[i : i + 1], "smooth-l1", hidden[i : i + 1])
+            for i in range(2)
+        ]
+        count = hidden.sum(1)
+        close((torch.stack(alone) * count).sum() / count.sum(), tensors[f"loss_{number}_masked_only"][0])
+    unmasked = student(tensors["input"], torch.zeros_like(hidden))
+    close(unmasked.fused, tensors["lm_head_out_unmasked"])
+    close(unmasked.auxiliary, tensors["lm_cls_head_out_unmasked"])
+    loss = distill_loss(fused, target, "smooth-l1") + distill_loss(auxiliary, target, "smooth-l1")
+    close(loss, tensors["loss"][0])
+    loss.backward()
+    gradients_close("clip_pretrain", student)
+
+
+def test_mmpretrains_clip_pretraining():
+    tensors, _ = load("mm_clip_rpe")
+    student = module(converted("mm_clip_rpe"))
+    hidden, target = tensors["mask"].flatten(1).bool(), tensors["teacher_tokens_with_cls"][:, 1:]
+    fused, auxiliary = student(tensors["input"], hidden)
+    assert auxiliary is None
+    close(fused, tensors["logits_all"])
+    close(fused[hidden], tensors["logits_masked"])
+    assert len(set(hidden.sum(1).tolist())) == 1, "a mean of means is the reference's mean"
+    loss = distill_loss(fused, target, "cross-entropy", hidden)
+    close(loss, tensors["loss_cross_entropy"][0])
+    close(distill_loss(fused, target, "cosine", hidden), tensors["loss_cosine"][0])
+    close(distill_loss(fused, target, "smooth-l1"), tensors["alt.loss_smooth_l1_all_tokens"][0])
+    loss.backward()
+    gradients_close("mm_clip_rpe", student)
 
 
 @pytest.mark.parametrize(
@@ -204,5 +194,8 @@ def test_sound_position_resampling_is_the_diagnostic_one(name):
 )
 def test_sincos_tables_as_built(name, ours, theirs):
     tensors, _ = load(name)
-    model, decoder = PRETRAIN[name]
-    close(PixelObjective(model, PixelConfig(decoder=decoder)).get_parameter(ours)[None], tensors[theirs])
+    weights = converted(name)
+    objective = PixelObjective(
+        weights.part("model", type(module(weights).model.config)), weights.part("objective", PixelConfig)
+    )
+    close(objective.get_parameter(ours)[None], tensors[theirs])

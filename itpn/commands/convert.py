@@ -1,0 +1,95 @@
+"""`itpn convert SOURCE OUT`: a released checkpoint to a file of ours, or back."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from itpn.commands.arguments import parse
+from itpn.commands.info import contents, described, findings
+from itpn.errors import UserError
+from itpn.weights import files
+from itpn.weights.families import Given
+from itpn.weights.files import Weights
+from itpn.weights.reading import read_foreign
+from itpn.weights.translate import translate, write_back
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Translate a released checkpoint of HiViT, iTPN or Fast-iTPN to one safetensors file with its config."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """A .pth or .safetensors file: the authors', mmpretrain's, a detector's or segmentor's, or ours."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """The safetensors file to write."""
+    to: str | None = None
+    """Write a file of ours back under the names of a family: official-pixel, official-clip, official-fast,
+    official-detection, official-segmentation, mmpretrain-itpn or mmpretrain-hivit."""
+    family: str | None = None
+    """The family that the source is of, where its keys do not tell."""
+    ema: bool = False
+    """Take the averaged weights, where the source has both."""
+    num_heads: int | None = None
+    """Attention heads of stage 3, where the shapes do not tell. Default: 64 channels each."""
+    decoder_heads: int | None = None
+    """Attention heads of a pixel decoder. Default: 32 channels each."""
+    norm_eps: float | None = None
+    """Epsilon of the LayerNorms. Default: the family's."""
+    leave_out: tuple[str, ...] = ()
+    """Keys of the source to leave out, as patterns such as 'extra.*'."""
+
+
+def run(arguments: list[str]) -> None:
+    options = parse(Convert, arguments, "itpn convert")
+    if options.out.suffix != ".safetensors":
+        raise UserError(f"{options.out} must end in .safetensors: that is what is written")
+    if not options.out.resolve().parent.is_dir():
+        raise UserError(f"there is no folder {options.out.resolve().parent} to write {options.out.name} in")
+    if options.source.resolve() == options.out.resolve():
+        raise UserError(f"{options.out} is the source itself; name another file to write")
+    if options.to:
+        _write_back(options, options.to)
+    else:
+        _convert(options)
+
+
+def _convert(options: Convert) -> None:
+    if files.read_if_ours(options.source):
+        raise UserError(
+            f"{options.source} is a file of ours already; --to FAMILY writes it under other names"
+        )
+    foreign = read_foreign(options.source, ema=options.ema)
+    given = Given(num_heads=options.num_heads, decoder_heads=options.decoder_heads, norm_eps=options.norm_eps)
+    try:
+        translated = translate(
+            foreign.tensors,
+            family=options.family,
+            wrapping=foreign.wrapping,
+            given=given,
+            leave_out=options.leave_out,
+        )
+    except UserError as error:
+        raise UserError(f"{options.source}: {error}") from error
+    source = {
+        "file": options.source.name,
+        "sha256": foreign.sha256,
+        "family": translated.family,
+        "left_out": foreign.left_out | translated.left_out,
+    }
+    files.save(options.out, translated.tensors, translated.config, source)
+    weights = Weights(options.out, translated.tensors, translated.config)
+    print("\n".join(findings(foreign, translated)))
+    Console(highlight=False, soft_wrap=True).print(contents(weights))
+    print("\n".join(described(weights)))
+    print(f"wrote {options.out} ({options.out.stat().st_size / 1e6:.1f} MB)")
+
+
+def _write_back(options: Convert, family: str) -> None:
+    weights = files.read(options.source)
+    tensors = write_back(weights, family)
+    files.save(options.out, {name: value.contiguous() for name, value in tensors.items()}, None)
+    print(f"{options.source}: {len(tensors)} tensors under the names of {family}")
+    print(f"wrote {options.out} ({options.out.stat().st_size / 1e6:.1f} MB)")

@@ -1,0 +1,180 @@
+"""Pre-training on a teacher's features, as iTPN (arXiv 2211.12735) and Fast-iTPN do: student and losses.
+
+Every unit goes through the whole student; hidden ones are replaced by a mask token. The pyramid's levels are
+fused into one vector per unit, which predicts the teacher's token of that unit.
+"""
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from itpn.errors import UserError
+from itpn.nn.hivit import Features, HiViTConfig
+from itpn.nn.layers import GlobalBlock, init_linears
+from itpn.nn.positions import Relative, relative_index
+from itpn.nn.pyramid import Model, ModelConfig
+from itpn.objectives.decoder import DecoderConfig, LevelEmbeds, mean_over_hidden
+
+Loss = Literal["smooth-l1", "cosine", "cross-entropy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    target_width: int = 512
+    """Channels of the teacher's targets: 512 for CLIP B/16, 768 for CLIP L/14 (both projected)."""
+    mask_token: Literal["after-stem", "after-local"] = "after-local"
+    """Where hidden units are replaced: after the stem (Fast-iTPN), or after stages 1 and 2 (iTPN), which lets
+    their pixels reach the pyramid through the laterals."""
+    fuse: Literal["cells", "units"] = "cells"
+    """How a level becomes one vector per unit: each cell to a share of its channels (iTPN), or all cells of a
+    unit together to every channel (Fast-iTPN)."""
+    auxiliary: bool = True
+    """Predict the targets also from the block at three quarters of stage 3, through two blocks more."""
+    embed_norm_eps: float = 1e-6
+    """Epsilon of the LayerNorms in front of the level embeddings (the mmpretrain models have 1e-5)."""
+
+    def __post_init__(self) -> None:
+        if self.target_width < 1:
+            raise UserError(f"distill.target_width: {self.target_width} must be at least 1")
+
+
+class Predictions(NamedTuple):
+    """The targets of all units as predicted, ``[B, N, T]``: from the pyramid, and by the auxiliary branch."""
+
+    fused: Tensor
+    auxiliary: Tensor | None
+
+
+class Student(nn.Module):
+    """Backbone and pyramid with what predicts a teacher's tokens from them.
+
+    Fast-iTPN normalises the fused vectors with the norm that also stands before its pyramid.
+    """
+
+    def __init__(self, model: ModelConfig, config: DistillConfig) -> None:
+        super().__init__()
+        if model.pyramid is None:
+            raise UserError("distillation predicts from the pyramid: model.pyramid must not be none")
+        backbone, width = model.backbone, model.backbone.shape.width
+        token_width = 4 * width if config.mask_token == "after-stem" else width
+        self.config = config
+        self.model = Model(model)
+        self.mask_token = nn.Parameter(torch.empty(token_width))
+        self.embed: nn.Module
+        if config.fuse == "cells":
+            decoder = DecoderConfig(width=width, num_heads=1, embed_norm_eps=config.embed_norm_eps)
+            self.embed = LevelEmbeds(model.pyramid.width, decoder)
+        else:
+            self.embed = UnitEmbeds(model.pyramid.width, width, config.embed_norm_eps)
+        shared = model.pyramid.layers == "fast"
+        self.norm = None if shared else nn.LayerNorm(width, backbone.norm_eps)
+        self.head = nn.Linear(width, config.target_width)
+        self.auxiliary = Auxiliary(backbone, config.target_width) if config.auxiliary else None
+        nn.init.normal_(self.mask_token, std=0.02)
+        for part in (self.embed, self.head):
+            init_linears(part, "normal")
+
+    def forward(self, images: Tensor, hidden: Tensor) -> Predictions:
+        """From normalised images ``[B, c, H, W]`` and ``hidden [B, N]``, True where the token goes."""
+        backbone, pyramid = self.model.backbone, self.model.pyramid
+        assert pyramid is not None
+        grid = backbone.grid_of(images)
+        cells = backbone.stem(images)
+        if self.config.mask_token == "after-stem":
+            token = self.mask_token.view(4, 4, -1).to(cells.dtype)
+            cells = torch.where(hidden[:, :, None, None, None], token, cells)
+        c4, c8, tokens = backbone.local(cells)
+        if self.config.mask_token == "after-local":
+            tokens = torch.where(hidden[:, :, None], self.mask_token.to(tokens.dtype), tokens)
+        relative = backbone.relative(grid, device=images.device)
+        taps = (3 * len(backbone.stage3) // 4,) if self.auxiliary else ()
+        c16, tapped = backbone.context(backbone.embed(tokens, grid), relative, taps)
+        levels = self.embed(pyramid(Features(c4, c8, c16)))
+        norm = pyramid.norm if self.norm is None else self.norm
+        fused = self.head(norm(reduce(torch.add, levels)))
+        pairs = Relative(relative_index(grid).to(images.device), grid)
+        return Predictions(fused, self.auxiliary(tapped[0], pairs) if self.auxiliary else None)
+
+
+class Auxiliary(nn.Module):
+    """Two blocks, a LayerNorm and a linear layer on a block of stage 3; its bias tables are its own.
+
+    The blocks' LayerNorms have epsilon 1e-5, whatever the backbone's, as the released weights need.
+    """
+
+    def __init__(self, config: HiViTConfig, target_width: int) -> None:
+        super().__init__()
+        width, _, num_heads, layers = config.shape
+        window = config.relative_grid or config.grid
+        self.blocks = nn.ModuleList(
+            [
+                GlobalBlock(
+                    width, num_heads, config.stage3_mlp_ratio, 1e-5, window, config.layer_scale,
+                    fast=layers == "fast",
+                )
+                for _ in range(2)
+            ]
+        )  # fmt: skip
+        self.norm = nn.LayerNorm(width, config.norm_eps)
+        self.head = nn.Linear(width, target_width)
+        init_linears(self, "normal")
+
+    def forward(self, tokens: Tensor, relative: Relative) -> Tensor:
+        for block in self.blocks:
+            tokens = block(tokens, relative)
+        tokens = self.head(self.norm(tokens))
+        return tokens
+
+
+class UnitEmbed(nn.Module):
+    """LayerNorm of each cell, then one linear layer from all cells of a unit: a convolution with kernel and
+    stride of the unit."""
+
+    def __init__(self, width: int, num_cells: int, out: int, norm_eps: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, norm_eps)
+        self.proj = nn.Linear(num_cells * width, out)
+
+    def forward(self, level: Tensor) -> Tensor:
+        """``[B, N, h, w, F]`` or ``[B, N, F]`` to ``[B, N, C]``."""
+        unit: Tensor = self.proj(self.norm(level).flatten(2))
+        return unit
+
+
+class UnitEmbeds(nn.Module):
+    """All three levels, fine to coarse."""
+
+    def __init__(self, width: int, out: int, norm_eps: float) -> None:
+        super().__init__()
+        self.p4 = UnitEmbed(width, 16, out, norm_eps)
+        self.p8 = UnitEmbed(width, 4, out, norm_eps)
+        self.p16 = UnitEmbed(width, 1, out, norm_eps)
+
+    def forward(self, levels: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+        p4, p8, p16 = levels
+        return [self.p4(p4), self.p8(p8), self.p16(p16)]
+
+
+def distill_loss(prediction: Tensor, target: Tensor, loss: Loss, hidden: Tensor | None = None) -> Tensor:
+    """Mean over samples of the mean over their hidden units, or over all units where ``hidden`` is None.
+
+    ``smooth-l1`` has beta 1 and averages over channels; ``cosine`` is negative; ``cross-entropy`` takes the
+    raw target as if it were a distribution, as mmpretrain's 800-epoch config does, and has no lower bound.
+
+    Args:
+        prediction, target: ``[B, N, T]``.
+        hidden: bool ``[B, N]``.
+    """
+    prediction, target = prediction.float(), target.float()
+    match loss:
+        case "smooth-l1":
+            per_unit = F.smooth_l1_loss(prediction, target, reduction="none").mean(-1)
+        case "cosine":
+            per_unit = -F.cosine_similarity(prediction, target, dim=-1)
+        case "cross-entropy":
+            per_unit = -(target * prediction.log_softmax(-1)).sum(-1)
+    return per_unit.mean(1).mean() if hidden is None else mean_over_hidden(per_unit, hidden)

@@ -1,0 +1,213 @@
+"""A frozen timm vision transformer, CLIP's first of all, whose patch tokens are targets for distillation.
+
+The paper's CLIP recipe takes every patch token after the last norm, projects it as CLIP projects its class
+token, and normalises it. Where the authors' code departs from that, an option says "published".
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from itpn.errors import UserError
+from itpn.nn.positions import Grid, resample_table
+
+if TYPE_CHECKING:  # timm takes two seconds to import; only those who build a teacher wait for it
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+Vit: TypeAlias = "VisionTransformer | Eva"
+CLIP = "vit_base_patch16_clip_quickgelu_224.openai"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    name: str = ""
+    """The teacher as timm names it, such as vit_base_patch16_clip_quickgelu_224.openai; without weights it is
+    downloaded."""
+    weights: Path | None = None
+    """File of the teacher's weights: of the model of that name, or without a name of a CLIP of OpenAI's."""
+    target: Literal["projected", "tokens"] = "projected"
+    """Targets: patch tokens through the teacher's last linear layer (CLIP's projection), or as they are after
+    its last norm."""
+    normalisation: Literal["layer-norm", "none"] = "layer-norm"
+    """Targets normalised by LayerNorm per token without affine, or as they are."""
+    image_normalisation: Literal["own", "published"] = "own"
+    """The teacher's own mean and standard deviation; the authors' code first takes an image x of 0..1 for one
+    of -1..1, so that their teacher sees (x + 1) / 2, washed out."""
+    position_resampling: Literal["own", "published"] = "own"
+    """The position table at another size: timm's way (bicubic, antialiased), or the authors' (bicubic by a
+    factor of (new + 0.1) / old)."""
+
+
+class Teacher(nn.Module):
+    """Images to targets, without gradient, always in evaluation mode.
+
+    Args:
+        vit: a timm model; mean and standard deviation of its images are in its ``pretrained_cfg``.
+        grid: rows and columns of tokens that are wanted; the size of its images follows from it. None: the
+            model's own.
+
+    Raises:
+        UserError: the grid is not square, or the model has no projection.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, vit: Vit, config: TeacherConfig, grid: Grid | None = None) -> None:
+        super().__init__()
+        self.vit, self.config = vit, config
+        if config.target == "projected" and (vit.attn_pool is not None or isinstance(vit.head, nn.Identity)):
+            raise UserError("objective.teacher.target: it has no projection of tokens; use 'tokens'")
+        self.grid: Grid = grid or vit.patch_embed.grid_size
+        self.image_size = self.needed_size(self.grid)
+        _resize(vit, self.image_size, config)
+        mean, std = (torch.tensor(pretrained_config(vit)[key]).view(-1, 1, 1) for key in ("mean", "std"))
+        if config.image_normalisation == "published":  # ((x + 1) / 2 - mean) / std
+            mean, std = 2 * mean - 1, 2 * std
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        self.requires_grad_(False).eval()
+
+    @property
+    def width(self) -> int:
+        """Numbers in a target."""
+        return self.vit.num_classes if self.config.target == "projected" else self.vit.embed_dim
+
+    def needed_size(self, grid: Grid) -> int:
+        """Pixels per side of an image with ``grid`` tokens: 196 for 14 x 14 tokens of 14 pixels."""
+        rows, cols = grid
+        if rows != cols:
+            raise UserError(f"objective.teacher: {rows} x {cols} tokens need an image that is not square")
+        return rows * cast(int, self.vit.patch_embed.feat_ratio())
+
+    def train(self, mode: bool = True) -> "Teacher":
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Targets ``[B, N, D]`` in fp32, row by row, of images ``[B, 3, H, W]``, floats in 0..1 or uint8."""
+        if images.shape[2:] != (self.image_size, self.image_size):
+            raise UserError(
+                f"the teacher was given {images.shape[2]} x {images.shape[3]} pixels, but its "
+                f"{self.grid[0]} x {self.grid[1]} tokens need {self.image_size} x {self.image_size}"
+            )
+        top = 255 if images.dtype == torch.uint8 else 1
+        tokens = self.vit.forward_features((images / top - self.mean) / self.std)
+        targets = self.vit.fc_norm(tokens[:, self.vit.num_prefix_tokens :])
+        if self.config.target == "projected":
+            targets = self.vit.head(targets)
+        if self.config.normalisation == "layer-norm":
+            return F.layer_norm(targets.float(), targets.shape[-1:])
+        return cast(Tensor, targets.float())
+
+
+def pretrained_config(vit: nn.Module) -> dict[str, Any]:
+    """What timm knows of a model's weights and their images, under timm's names."""
+    return cast(dict[str, Any], vit.pretrained_cfg)
+
+
+def _resize(vit: Vit, image_size: int, config: TeacherConfig) -> None:
+    old, table = vit.patch_embed.grid_size, vit.pos_embed
+    vit.set_input_size((image_size, image_size))
+    new = vit.patch_embed.grid_size
+    if config.position_resampling == "published" and table is not None and new != old:
+        prefix, cells = table[0].tensor_split([table.shape[1] - old[0] * old[1]])
+        resampled = torch.cat([prefix, resample_table(cells, old, new, offset=0.1)])
+        vit.pos_embed = nn.Parameter(resampled[None], requires_grad=False)
+
+
+def build_teacher(
+    config: TeacherConfig, grid: Grid | None = None, state: Mapping[str, Tensor] | None = None
+) -> Teacher:
+    """The teacher that ``config`` describes, for a student's ``grid``.
+
+    Args:
+        state: what the file ``config.weights`` holds; without one, timm downloads.
+
+    Raises:
+        UserError: no name and no weights, no such weights, or they do not fit.
+    """
+    if (config.weights is None) != (state is None):
+        raise ValueError("state is what config.weights holds: give both or neither")
+    if config.name:
+        return Teacher(from_timm(config.name, {"state_dict": dict(state)} if state else {}), config, grid)
+    if state is None:
+        raise UserError(
+            f"objective.teacher: there is none; give a timm name to download (objective.teacher.name {CLIP}) "
+            "or a file of CLIP's weights (objective.teacher.weights)"
+        )
+    return Teacher(from_openai(state), config, grid)
+
+
+def from_timm(name: str, overlay: Mapping[str, Any], sizes: Mapping[str, Any] | None = None) -> Vit:
+    """The timm model ``name`` with its weights; ``overlay`` and ``sizes`` go before what timm knows of them.
+
+    Raises:
+        UserError: no such model, no weights, weights of another model, or no plain vision transformer.
+    """
+    import timm
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    try:
+        vit = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(overlay), **(sizes or {}))
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        if "state_dict" in overlay:
+            raise UserError(f"objective.teacher.weights: they do not fit {name}: {reason}") from error
+        raise UserError(
+            f"objective.teacher.name: no weights of {name}: {reason} Check the name and the connection, or "
+            "give a file of them (objective.teacher.weights)"
+        ) from error
+    if not isinstance(vit, VisionTransformer | Eva):
+        raise UserError(
+            f"objective.teacher.name: {name} ({type(vit).__name__}) is no plain vision transformer"
+        )
+    known = pretrained_config(vit)
+    known.pop("state_dict", None)  # else the weights stay in memory twice
+    if any("quickgelu" in note for note in known.get("notes", ())) and "quickgelu" not in name:
+        raise UserError(
+            f"objective.teacher.name: {name} has GELU where its weights need QuickGELU; use "
+            f"{name.replace('_clip_', '_clip_quickgelu_')}"
+        )
+    return vit
+
+
+def from_openai(state: Mapping[str, Tensor], num_heads: int | None = None) -> Vit:
+    """The vision tower of OpenAI's CLIP under its own names, with or without ``visual.``, as a timm model.
+
+    All sizes follow from shapes; heads are 64 wide unless ``num_heads`` is given. Its head is the projection.
+
+    Raises:
+        UserError: there is no whole vision transformer in ``state``.
+    """
+    prefix = "visual." if "visual.class_embedding" in state else ""
+    visual = {f"visual.{key.removeprefix(prefix)}": x for key, x in state.items() if key.startswith(prefix)}
+    try:
+        width, _, patch_size, _ = visual["visual.conv1.weight"].shape
+        num_cells = len(visual["visual.positional_embedding"]) - 1
+        hidden = len(visual["visual.transformer.resblocks.0.mlp.c_fc.weight"])
+        overlay = {"state_dict": visual, "num_classes": visual["visual.proj"].shape[1]}
+    except KeyError as error:
+        raise UserError(
+            f"objective.teacher.weights: no vision transformer under OpenAI's names, {error} is missing; for "
+            "weights under other names say which model they are of (objective.teacher.name)"
+        ) from error
+    if num_heads is None and width % 64:
+        raise UserError(f"objective.teacher.weights: {width} channels are no whole number of heads of 64")
+    sizes = {
+        "img_size": patch_size * math.isqrt(num_cells),
+        "patch_size": patch_size,
+        "embed_dim": width,
+        "depth": sum(key.endswith(".ln_1.weight") for key in visual),
+        "num_heads": num_heads or width // 64,
+        "mlp_ratio": hidden / width,
+    }
+    return from_timm(CLIP, overlay, sizes)  # all but the sizes is the same in OpenAI's other models

@@ -1,0 +1,138 @@
+"""A released checkpoint's tensors to a file of ours, and the way back."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any, cast
+
+from torch import Tensor
+
+from itpn.errors import UserError
+from itpn.nn.pyramid import ModelConfig
+from itpn.weights import files, names
+from itpn.weights.families import FAMILIES, Given, config_of, family_of, kind_of
+from itpn.weights.files import Weights
+from itpn.weights.names import Kind
+
+NOT_OURS = {
+    "target_generator.": "the teacher; distillation loads one from its own file",
+    "teacher.": "the teacher; distillation loads one from its own file",
+}
+"""Beginnings of keys that belong to no model of ours, and why they stay out."""
+MOST_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Translated:
+    tensors: dict[str, Tensor]
+    """Under our names."""
+    config: dict[str, Any]
+    family: str
+    """A name in FAMILIES."""
+    kind: Kind
+    left_out: dict[str, str]
+    """What no tensor was made of: a key or several of one beginning, and why."""
+
+
+def translate(
+    state: Mapping[str, Tensor],
+    *,
+    family: str | None = None,
+    wrapping: Iterable[str] = (),
+    given: Given | None = None,
+    leave_out: Iterable[str] = (),
+) -> Translated:
+    """Recognise a checkpoint's tensors, rename and reshape them, and infer their config.
+
+    Args:
+        state: tensors under their names.
+        family: a name in FAMILIES; recognised by the keys if None.
+        wrapping: what a file's state was found in; see `families.family_of`.
+        given: what the shapes cannot tell.
+        leave_out: patterns such as ``norm.*`` of keys to leave out.
+
+    Raises:
+        UserError: it is of no known family, has keys that no rule knows, or does not make a whole model.
+    """
+    left_out = dict(_left_out(state, leave_out))
+    state = {key: value for key, value in state.items() if not _is_out(key, leave_out)}
+    family = family or family_of(state, wrapping)
+    if family not in FAMILIES:
+        raise UserError(f"there is no family {family!r}; choose one of {', '.join(FAMILIES)}")
+    known, kind = FAMILIES[family], kind_of(state.keys())
+    tensors, unknown = names.to_ours(state, known.style, kind)
+    if unknown:
+        raise UserError(
+            f"{known.title}: no place for {summary(unknown)}; if they may stay out, say so with --leave-out"
+        )
+    config = config_of(tensors, known, kind, _patch(state), given or Given())
+    wrong = files.misfits(Weights(files.NOWHERE, tensors, config))
+    if wrong:
+        raise UserError(
+            f"{known.title}: {len(wrong)} tensors do not make the model that the others imply "
+            f"({'; '.join(wrong[:MOST_NAMED])})"
+        )
+    buffers = [key for key in state if key.endswith(names.COMPUTED)]
+    left_out |= {summary(buffers): "computed from the grid"} if buffers else {}
+    return Translated(tensors, config, family, kind, left_out)
+
+
+def write_back(weights: Weights, family: str) -> dict[str, Tensor]:
+    """Tensors of a file of ours under a family's names and in its shapes.
+
+    Raises:
+        UserError: the family has no place for what the file holds.
+    """
+    if family not in FAMILIES:
+        raise UserError(f"there is no family {family!r}; choose one of {', '.join(FAMILIES)}")
+    style, backbone = FAMILIES[family].style, weights.part("model", ModelConfig).backbone
+    if (backbone.shape.layers == "fast") != (style == "fast"):
+        raise UserError(f"{weights.path} has {backbone.shape.layers} layers, which {family} does not have")
+    try:
+        return names.to_theirs(
+            weights.tensors, style, _kind(weights), backbone.in_channels, backbone.relative_grid
+        )
+    except KeyError as error:
+        raise UserError(f"{weights.path}: {family} has no place for {error}") from error
+
+
+def summary(keys: Iterable[str]) -> str:
+    """Keys with their numbers replaced, each once with its count, the first few of them."""
+    counts = Counter(re.sub(r"\b\d+\b", "*", key) for key in keys)
+    named = [key if count == 1 else f"{key} ({count})" for key, count in counts.most_common(MOST_NAMED)]
+    rest = len(counts) - len(named)
+    return ", ".join(named) + (f" and {rest} more" if rest else "")
+
+
+def _kind(weights: Weights) -> Kind:
+    if weights.parts <= {"backbone", "pyramid"}:
+        return "backbone"
+    if "classifier" in weights.config:
+        return cast(Kind, weights.config["classifier"]["pooling"])
+    return "distill" if "distill" in weights.config else "pixel"
+
+
+def _is_out(key: str, leave_out: Iterable[str]) -> bool:
+    return key.startswith(tuple(NOT_OURS)) or any(fnmatch(key, pattern) for pattern in leave_out)
+
+
+def _left_out(state: Mapping[str, Tensor], leave_out: Iterable[str]) -> Iterable[tuple[str, str]]:
+    for beginning, reason in NOT_OURS.items():
+        if keys := [key for key in state if key.startswith(beginning)]:
+            yield f"{beginning}* ({len(keys)})", reason
+    for pattern in leave_out:
+        if keys := [key for key in state if fnmatch(key, pattern)]:
+            yield f"{pattern} ({len(keys)})", "as asked"
+
+
+def _patch(state: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Channels of an image and pixels per side of a cell, from the stem's convolution."""
+    for key in ("patch_embed.proj.weight", "backbone.patch_embed.proj.weight"):
+        if key in state:
+            shape = state[key].shape
+            if len(shape) == 4 and shape[2] == shape[3] and min(shape) > 0:
+                return shape[1], shape[2]
+            raise UserError(f"{key} is no square convolution: {list(shape)}")
+    raise UserError("there is no patch_embed.proj.weight")
