@@ -102,8 +102,8 @@ class HiViTConfig:
     size, which also resamples at the native size when units are dropped (an accident that the released pixel
     weights saw)."""
     relative_resampling: RelativeMethod = "fraction"
-    """How relative-position tables meet another grid: an offset keeps its fraction of the picture; or the table
-    is resized like a picture, as the authors' segmentation loader does; or its far offsets are spread
+    """How relative-position tables meet another grid: an offset keeps its fraction of the picture; or the
+    table is resized like a picture, as the authors' segmentation loader does; or its far offsets are spread
     geometrically, as BEiT's loader does."""
     stem_init: Literal["default", "xavier"] = "default"
     """Start of the stem's weights: torch's own for a convolution, or Xavier-uniform (the mmpretrain

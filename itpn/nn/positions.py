@@ -1,6 +1,7 @@
 """Position tables: making them, and resampling them to any grid by cached matrices, one per axis."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, wraps
 from typing import Literal, NamedTuple, TypeVarTuple
 
@@ -108,9 +109,15 @@ def _by_geometric(old: int, new: int) -> Tensor:
     return (basis(_units(1 - new, new) / steps[-1]) @ torch.inverse(basis(known))).float()
 
 
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """The meta device, on which models are counted, knows no autocast and would refuse to have it disabled."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
 def _resample(table: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """``[old cells, C]`` to ``[new cells, C]`` in fp32, by a matrix ``[new, old]`` for each axis."""
-    with torch.autocast(table.device.type, enabled=False):
+    with _without_autocast(table.device):
         x = rows.to(table.device) @ table.float().reshape(rows.shape[1], -1)
         x = cols.to(table.device) @ x.reshape(rows.shape[0], cols.shape[1], -1)
         return x.flatten(0, 1)
@@ -157,7 +164,7 @@ def resample_axis(table: Tensor, new: int) -> Tensor:
     fp32, as ViTDet does for its decomposed tables."""
     if table.shape[0] == 2 * new - 1:
         return table
-    with torch.autocast(table.device.type, enabled=False):
+    with _without_autocast(table.device):
         return _by_size_linear(table.shape[0], 2 * new - 1).to(table.device) @ table.float()
 
 

@@ -279,7 +279,7 @@ def _our_shape(name: str, value: Tensor) -> Tensor:
 def _their_shape(name: str, value: Tensor, fast: bool, in_channels: int) -> Tensor:
     if name == "backbone.stem_proj.weight":
         side = isqrt(value.shape[1] // in_channels)
-        return value.unflatten(1, (side, side, in_channels)).permute(0, 3, 1, 2)
+        return value.reshape(-1, side, side, in_channels).permute(0, 3, 1, 2)
     if name.endswith(".position"):
         return value[None]
     if name == "mask_token":
@@ -287,12 +287,12 @@ def _their_shape(name: str, value: Tensor, fast: bool, in_channels: int) -> Tens
     if not fast or value.ndim != 2:
         return value
     if re.search(r"merge[12]\.reduce\.weight$", name):
-        return value.unflatten(1, (2, 2, -1)).permute(0, 3, 2, 1)
+        return value.reshape(len(value), 2, 2, -1).permute(0, 3, 2, 1)
     if name.endswith(".expand.weight"):
-        return value.unflatten(0, (2, 2, -1)).permute(3, 2, 0, 1)
+        return value.reshape(2, 2, -1, value.shape[1]).permute(3, 2, 0, 1)
     if name.startswith("embed."):
         side = {"p4": 4, "p8": 2, "p16": 1}[name.split(".")[1]]
-        return value.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2)
+        return value.reshape(len(value), side, side, -1).permute(0, 3, 1, 2)
     if name.startswith(("backbone.stage1.", "backbone.stage2.", "pyramid.")):
         return value[:, :, None, None]
     return value
