@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ COMMANDS = {
     "train": ("itpn.commands.train", "pre-train as a config says; the same command again resumes"),
     "replay": ("itpn.commands.replay", "take a step again whose loss or gradient was not finite"),
     "reconstruct": ("itpn.commands.reconstruct", "show what a run fills in where images are masked"),
-    "info": ("itpn.commands.info", "a config's parameters and multiply-adds"),
+    "info": ("itpn.commands.info", "a config's, or a file of weights', parts, parameters and multiply-adds"),
     "configs": ("itpn.commands.configs", "list the configs"),
     "convert": ("itpn.commands.convert", "translate a released checkpoint to a file of ours, or back"),
     "sample-data": ("itpn.commands.sample_data", "write the sample as image folder, COCO and ADE20K"),
@@ -40,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"itpn: {printable(error)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output, `head` say, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("itpn: interrupted", file=sys.stderr)
         return 130

@@ -17,6 +17,9 @@ MAY_IMPORT = {
     "evaluate": {"errors", "data"},
     "show": {"errors", "data"},
     "weights": {"errors", "nn", "objectives", "heads", "engine"},
+    "hub": {"errors", "nn", "weights"},
+    "models": {"errors", "nn", "objectives", "heads", "weights", "hub"},
+    "timm": {"errors", "nn", "heads", "weights", "models"},
     "recipes": {"errors", "nn", "objectives", "heads", "data", "engine", "evaluate"},
     "bench": {"errors", "nn", "objectives", "data", "engine", "show", "recipes", "commands"},
 }
@@ -95,4 +98,4 @@ def test_no_relative_imports():
 
 def test_the_command_line_starts_without_heavy_libraries():
     names = {name.split(".")[0] for _, name in imports_of(ROOT / "itpn" / "cli.py")}
-    assert names <= {"difflib", "importlib", "sys", "collections", "itpn"}
+    assert names <= {"difflib", "importlib", "os", "sys", "collections", "itpn"}

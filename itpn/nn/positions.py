@@ -110,7 +110,7 @@ def _by_geometric(old: int, new: int) -> Tensor:
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """The meta device, on which models are counted, knows no autocast and would refuse to have it disabled."""
+    """The meta device, on which models are counted, has no autocast to disable, and says so by an error."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else nullcontext()
 

@@ -1,0 +1,172 @@
+"""Models as folders and on the Hugging Face Hub: one file of ours, its config as JSON, and a card.
+
+Everything but a model's id on the Hub works without a network.
+"""
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
+from torch import nn
+
+from itpn.errors import UserError
+from itpn.nn.hivit import HiViTConfig
+from itpn.weights import files
+from itpn.weights.files import Weights
+
+FILE = "model.safetensors"
+FOREIGN = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".tar")
+PAPER = "https://arxiv.org/abs/2211.12735"
+
+
+def read(path: str | Path, **download: Any) -> Weights:
+    """Weights from a file of ours, a run directory, a folder of `save_pretrained`, or a Hub id ``user/name``.
+
+    Args:
+        download: what `huggingface_hub.hf_hub_download` takes besides id and file name.
+
+    Raises:
+        UserError: there is nothing of that name, it is none of ours, or its tensors are not those of the
+            model in its config.
+    """
+    local = Path(path).expanduser()
+    if not local.exists() and isinstance(path, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        local = _downloaded(path, **download)
+    if local.is_file() and local.suffix in FOREIGN:
+        raise UserError(f"{local} is a checkpoint of another library; convert it first: itpn convert {local}")
+    weights = files.read(local)
+    if wrong := files.misfits(weights):
+        raise UserError(
+            f"{weights.path}: {len(wrong)} tensors are not those of its config ({'; '.join(wrong[:3])})"
+        )
+    return weights
+
+
+def _downloaded(model_id: str, **download: Any) -> Path:
+    try:
+        return Path(hf_hub_download(model_id, FILE, **download))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{model_id} is no file or folder here, and {FILE} could not be had from the Hub ({reason})"
+        ) from error
+
+
+class HubModel(PyTorchModelHubMixin):
+    """What a module needs to be saved to a folder, loaded from it, and pushed to the Hub."""
+
+    def file_config(self) -> dict[str, Any]:
+        """The config that its file carries."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_weights(cls, weights: Weights) -> Self:
+        """The model that the file holds."""
+        raise NotImplementedError
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        assert isinstance(self, nn.Module)
+        config = self.file_config()
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        files.save(save_directory / FILE, tensors, config)
+        (save_directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # without a sink for unknown arguments
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+    ) -> Self:
+        """The model of a folder, a file of ours or a Hub id, in evaluation mode; see `itpn.load`."""
+        weights = read(
+            pretrained_model_name_or_path,
+            force_download=force_download,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            revision=revision,
+        )
+        return cls.from_weights(weights)
+
+    def generate_model_card(self, *, license: str = "unknown") -> ModelCard:
+        """The folder's README, unless it has one; ``save_pretrained(folder, model_card_kwargs={"license":
+        "mit"})`` names the licence."""
+        assert isinstance(self, nn.Module)
+        config = self.file_config()
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return ModelCard(card(config, parameters, license))
+
+
+def card(config: dict[str, Any], parameters: int, license: str) -> str:
+    """The model card as Markdown with its metadata in front, from a file's config."""
+    model, classifier = config["model"], config.get("classifier")
+    backbone = HiViTConfig(**model["backbone"])
+    shape, pyramid = backbone.shape, model["pyramid"]
+    data = ModelCardData(
+        license=license,
+        library_name="itpn",
+        pipeline_tag="image-classification" if classifier else "image-feature-extraction",
+        tags=[
+            "arxiv:2211.12735",
+            "itpn",
+            "hivit",
+            "image-backbone",
+            *(["feature-pyramid"] if pyramid else []),
+        ],
+    )
+    size, patch = backbone.image_size, backbone.patch_size
+    rows = {
+        "backbone": f"`{backbone.size}`",
+        "blocks": f"{' + '.join(map(str, shape.depths))}, {shape.num_heads} heads",
+        "channels": f"{shape.width // 4}, {shape.width // 2}, {shape.width}"
+        f" at strides {patch // 4}, {patch // 2}, {patch}",
+        "pyramid": f"{pyramid['width']} channels at the same strides" if pyramid else "none",
+        "classes": str(classifier["num_classes"]) if classifier else "none",
+        "image size": f"{size} x {size}; any multiple of {patch} pixels per side",
+        "input": f"{backbone.in_channels} channels, normalised as in training",
+        "parameters": f"{parameters / 1e6:.2f} M",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    what = "An image classifier" if classifier else "An image backbone"
+    return f"""---
+{data.to_yaml()}
+---
+
+# {backbone.size}
+
+{what} of the iTPN family: a hierarchical vision transformer (HiViT) that is pre-trained together with its
+feature pyramid ([Integrally Pre-Trained Transformer Pyramid Networks]({PAPER})).
+
+| | |
+|---|---|
+{table}
+
+```python
+import itpn
+
+model = itpn.load("FOLDER_OR_HUB_ID")
+```
+
+The weights are one safetensors file, `{FILE}`, whose metadata carries the config; there is no pickle.
+Licence of the weights: {license}.
+"""
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """A config dataclass as it reads back from JSON, where a tuple is a list."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return values
