@@ -34,7 +34,22 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     files.save(Path("runs/pretrain_own-data/pretrained.safetensors"), tensors, config_of(recipe))
     names = {"images": torch.zeros(1, 3, 96, 128)}
     exec(code, names)
-    assert names["levels"].p4.shape == (1, 48, 4, 4, 96)
+    assert {name: found.shape for name, found in names["maps"].items()} == {
+        "p4": (1, 96, 24, 32), "p8": (1, 96, 12, 16), "p16": (1, 96, 6, 8),
+    }  # fmt: skip
+
+
+def test_the_python_of_the_page_about_weights_runs(tmp_path, monkeypatch):
+    """In order, with the bundled nano model for a base."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/weights.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("base.safetensors").write_bytes(files.NANO.read_bytes())
+    names = {"images": torch.zeros(1, 3, 96, 128)}
+    for code in blocks:
+        exec(code.replace("itpn_base", "itpn_nano"), names)
+    assert list(names["maps"]) == ["p4", "p8", "p16", "p32", "p64"]
+    [found] = names["detector"].eval()([torch.rand(3, 96, 128)])
+    assert found["boxes"].shape[1] == 4
 
 
 def test_the_bundled_weights_are_what_their_card_says():
