@@ -59,7 +59,7 @@ class Plain(nn.Module):
 
 
 def plain_adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config)
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
 
 

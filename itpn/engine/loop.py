@@ -127,12 +127,14 @@ def train(
     run: Run,
     bad: BadFiles | None = None,
     at_epoch_end: Sequence[EpochEnd] = (),
+    lr_scales: Mapping[str, float] | None = None,
 ) -> bool:
     """Trains `objective`, or goes on with it, up to the last step.
 
     Args:
         batches: (start_step, device_batch) -> this rank's endless micro-batches from that step, on the CPU.
         bad: what the loaders tell of files that they cannot read.
+        lr_scales: for every trained parameter by name, what the schedule's learning rate is multiplied by.
 
     Returns:
         True once the last step is reached; False if `max_steps` came first.
@@ -141,7 +143,9 @@ def train(
         UserError: settings that do not go together; a checkpoint of another model; a loss that is not finite.
         SystemExit: after SIGINT (130) or SIGTERM (143), with a checkpoint.
     """
-    training = Training(objective, steps_per_epoch, loop, optim, schedule, run, bad or BadFiles(run))
+    training = Training(
+        objective, steps_per_epoch, loop, optim, schedule, run, bad or BadFiles(run), lr_scales
+    )
     return training.run(batches, at_epoch_end)
 
 
@@ -157,6 +161,7 @@ class Training:
         schedule: CosineConfig,
         run: Run,
         bad: BadFiles,
+        lr_scales: Mapping[str, float] | None = None,
     ) -> None:
         world, device = run.world, run.world.device
         schedule.warmup(loop.epochs)
@@ -175,7 +180,7 @@ class Training:
         if loop.strategy == "fsdp":
             world.shard(objective, self.hooks.compile_blocks())
         objective.to(device).train()
-        self.optimizer = adamw(objective, optim)
+        self.optimizer = adamw(objective, optim, lr_scales)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.log = Log(run, self.num_steps, steps_per_epoch, loop.batch_size, loop.log_every)
@@ -253,7 +258,7 @@ class Training:
             steps_per_epoch=self.steps_per_epoch,
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
         waited, parts, samples = 0.0, [], []
         for i in range(self.accumulation):

@@ -1,12 +1,24 @@
-"""AdamW and the rule for what it decays."""
+"""AdamW and the rules for what it decays."""
 
+import re
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from itpn.errors import UserError
+
+WeightDecayRule = Literal[
+    "sound",
+    "itpn-pixel",
+    "itpn-clip",
+    "mmpretrain-pixel-base",
+    "mmpretrain-pixel-large",
+    "mmpretrain-clip",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,42 +32,80 @@ class AdamWConfig:
     eps: float = 1e-8
     """Added to the denominator."""
     weight_decay: float = 0.05
-    """Decoupled decay of matrices and kernels; vectors, position tables and tokens have none."""
+    """Decoupled decay of what weight_decay_rule does not exempt."""
+    weight_decay_rule: WeightDecayRule = "sound"
+    """What is exempt. sound: vectors, position tables, relative-position tables and tokens, as also in all of
+    the authors' fine-tuning. The others are as published: itpn-pixel (pre-training on pixels, segmentation)
+    exempts vectors alone, tokens aside; itpn-clip (pre-training on CLIP, detection) also position tables;
+    those of mmpretrain go by parts of names, so that norms of some places decay, or biases."""
 
     def peak_lr(self, batch_size: int) -> float:
         return self.base_lr * batch_size / 256 if self.lr is None else self.lr
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Every trainable parameter in one of two groups, with decay and without; frozen ones in none.
+class _Exempt(NamedTuple):
+    """What has no weight decay."""
+
+    vectors: bool
+    """Whether parameters of fewer than two dimensions are exempt, but for tokens."""
+    names: str | None = None
+    """A regular expression: names in which it is found are exempt."""
+
+
+_EXEMPT: dict[WeightDecayRule, _Exempt] = {
+    "sound": _Exempt(True, r"(relative_position[^.]*|position|_token)$"),
+    "itpn-pixel": _Exempt(True),
+    "itpn-clip": _Exempt(True, r"(?<!relative_)position$"),
+    "mmpretrain-pixel-base": _Exempt(False, r"(bias|position|_token)$|^(?!.*\b(decoder|embed)\.).*norm"),
+    "mmpretrain-pixel-large": _Exempt(False, r"(bias|position|_token)$|\bdecoder\..*norm"),
+    "mmpretrain-clip": _Exempt(False, r"((?<!relative_)position|gamma)$|^(?!.*\bembed\.).*norm"),
+}
+_KNOWN = re.compile(r"(weight|position|_token|relative_position[^.]*)$")
+
+
+def parameter_groups(
+    model: nn.Module, config: AdamWConfig, lr_scales: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Every trainable parameter in one group, with others of its weight decay and scale; frozen ones in none.
+
+    Args:
+        lr_scales: for every trainable parameter by name, what its learning rate is multiplied by. Groups then
+            have it as ``lr_scale``, for whoever sets their ``lr``.
 
     Raises:
-        UserError: a parameter's name does not tell which group it belongs to, or nothing is trainable.
+        UserError: a parameter's name does not tell what it is, or nothing is trainable.
+        KeyError: a trainable parameter has no scale.
     """
-    decayed, plain, unknown = [], [], []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        last = name.rpartition(".")[2]
-        table_or_token = "relative_position" in last or last.endswith(("position", "_token"))
-        if parameter.ndim <= 1 or table_or_token:
-            plain.append((name, parameter))
-        elif last.endswith("weight"):
-            decayed.append((name, parameter))
-        else:
-            unknown.append(name)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    unknown = [name for name, parameter in trained if parameter.ndim > 1 and not _KNOWN.search(name)]
     if unknown:
         raise UserError(
             f"no optimiser group for {', '.join(unknown)}: a parameter of two or more dimensions must be "
-            "called …weight (decayed), …position, …_token or …relative_position… (not decayed)"
+            "called …weight, …position, …_token or …relative_position…, which tells whether it is decayed"
         )
-    if not decayed and not plain:
+    if not trained:
         raise UserError("the model has no trainable parameter: unfreeze a part of it")
-    groups = ((decayed, weight_decay), (plain, 0.0))
-    return [{"params": named, "weight_decay": decay} for named, decay in groups if named]
+    groups = defaultdict(list)
+    for name, parameter in trained:
+        exempt = _is_exempt(name, parameter.ndim, config.weight_decay_rule)
+        groups[1.0 if lr_scales is None else lr_scales[name], exempt].append((name, parameter))
+    return [
+        {"params": groups[scale, exempt], "weight_decay": 0.0 if exempt else config.weight_decay}
+        | ({} if lr_scales is None else {"lr_scale": scale})
+        for scale, exempt in sorted(groups)
+    ]
 
 
-def adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
-    """The learning rate is set by the loop before every step."""
-    groups = parameter_groups(model, config.weight_decay)
+def _is_exempt(name: str, dimensions: int, rule: WeightDecayRule) -> bool:
+    vectors, names = _EXEMPT[rule]
+    if vectors and dimensions <= 1 and not name.endswith("_token"):
+        return True
+    return names is not None and re.search(names, name) is not None
+
+
+def adamw(
+    model: nn.Module, config: AdamWConfig, lr_scales: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
+    """The learning rate is set by the loop before every step; ``lr_scales`` as in `parameter_groups`."""
+    groups = parameter_groups(model, config, lr_scales)
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)

@@ -29,10 +29,12 @@ from itpn.errors import UserError, printable
 
 WRAPPERS = ("model", "module", "state_dict", "model_state_dict", "net")
 AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict", "model_state_dict_ema", "module_ema", "ema")
+COUNTERS = ("n_averaged", "steps")
+"""What torch's and mmengine's averaging counts, as tensors among the weights."""
 TRAINING = re.compile(
-    r"optim|sched|scaler|^amp$|epoch|iter|^(global_)?step|^n_averaged$|rng|message_hub|callbacks|loops|best|stats"
+    r"optim|.*sched|.*scaler|amp$|.*epoch|iter|(global_)?step|rng|message_hub|callbacks|loops|best|stats"
 )
-SETTINGS = re.compile(r"^(args|meta|config|cfg|opts?|hparams|hyper_parameters|settings)$")
+SETTINGS = ("args", "meta", "config", "cfg", "hparams", "hyper_parameters", "settings")
 DETECTOR = ("rpn_head.", "roi_head.", "bbox_head.", "mask_head.")
 SEGMENTOR = ("decode_head.", "auxiliary_head.")
 BODIES = ("backbone.body.", "encoder.body.", "encoder.")
@@ -45,13 +47,13 @@ MAX_PICKLE = 1 << 27
 """Bytes of the pickle itself, which holds no weights but may hold logs; torch holds them all."""
 
 MAX_OPCODES = 2_000_000
-"""A model of 1,000 tensors with its optimiser takes some 100,000; each may become an object of 64 bytes or more."""
+"""A model of 1,000 tensors with its optimiser takes some 100,000; each may become an object of 64 bytes."""
 
 MAX_NESTED = 64
 """Tuples in tuples: hashing one that is deeper than the C stack ends the process."""
 
 MAX_HASHED = 1 << 20
-"""Items of a tuple, counted as often as hashing meets them: 60 tuples, each the last one twice, take years."""
+"""Items of a tuple, as often as hashing meets them: of 60 tuples, each the last one twice, it takes years."""
 
 MAX_NAMES = 1000
 MAX_LISTED = 40
@@ -61,8 +63,7 @@ CHUNK = 1 << 20
 _REFUSED = re.compile(
     r"(builtins|__builtin__) bytearray"
     r"|torch(\.\w+)? \w*Tensor|torch\._tensor \w+"
-    r"|torch\._utils _rebuild_(sparse_|q|device_|xla_)?tensor(_from\w*)?(?<!_rebuild_tensor)"
-    r"|torch\._utils _rebuild_(wrapper|nested)\w+"
+    r"|torch\._utils _rebuild_(sparse|q|device|xla|wrapper|nested)\w*"
 )
 _BLOCKED = ("os", "sys", "posix", "nt")
 
@@ -195,7 +196,7 @@ def _torch(path: Path, kind: str, ema: bool) -> tuple[Any, list[str]]:
 
 
 def _records(path: Path) -> dict[int, int]:
-    """Where the entries' bytes start in a zip file, and how many they are; all lie in it, apart, as they are."""
+    """Where the bytes of a zip file's entries start, and how many they are: uncompressed, apart, within."""
     records, end = {}, 0
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
@@ -258,8 +259,8 @@ def _walk_all(file: IO[bytes], count: int) -> dict[str, set[str]]:
     for name in map(printable, uses):
         if _REFUSED.fullmatch(name):
             raise UserError(
-                f"asks for {name.replace(' ', '.')}; byte arrays and sparse, quantised and special tensors are "
-                "not read; save its weights as plain dense tensors"
+                f"asks for {name.replace(' ', '.')}; byte arrays and sparse, quantised or special tensors "
+                "are not read; save its weights as plain dense tensors"
             )
         if name.split(" ")[0] in _BLOCKED:
             raise UserError(f"asks for {name.replace(' ', '.')}, as an attack would; do not use this file")
@@ -269,7 +270,7 @@ def _walk_all(file: IO[bytes], count: int) -> dict[str, set[str]]:
 def _walk(file: IO[bytes], uses: dict[str, set[str]]) -> None:
     stack: list[_Item] = []
     marks: list[int] = []
-    memo: dict[int, _Item] = {}
+    memo: dict[Any, _Item] = {}
 
     def taken(count: int | None) -> list[_Item]:
         start = marks.pop() if count is None else len(stack) - count
@@ -279,15 +280,17 @@ def _walk(file: IO[bytes], uses: dict[str, set[str]]) -> None:
         del stack[start:]
         return items
 
-    for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        if number > MAX_OPCODES:
-            raise UserError(f"is a pickle of more than {MAX_OPCODES:,} steps; no weights need so many")
+    for number, (opcode, argument, position) in enumerate(pickletools.genops(file)):
+        if number > MAX_OPCODES or (position or 0) > MAX_PICKLE:
+            raise UserError(
+                f"is a pickle of more than {MAX_OPCODES:,} steps or {MAX_PICKLE:,} bytes, too large"
+            )
         name = opcode.name
         if opcode.proto > 2:
             raise UserError(f"is a pickle of protocol {opcode.proto}; torch.save's own, 2, can be read")
         if name == "MARK":
             marks.append(len(stack))
-        elif name in ("GLOBAL", "INST"):
+        elif name == "GLOBAL":
             uses.setdefault(str(argument), set())
             stack.append(_Item(str(argument)))
         elif name in _TUPLES or name == "TUPLE":
@@ -357,7 +360,7 @@ def _unknown_to_torch(name: str) -> list[str]:
     module, _, attribute = name.partition(" ")
     probe = io.BytesIO()
     with zipfile.ZipFile(probe, "w") as archive:
-        archive.writestr("probe/data.pkl", f"\x02c{module}\n{attribute}\n.".encode().join([b"\x80", b""]))
+        archive.writestr("probe/data.pkl", b"\x80\x02c" + f"{module}\n{attribute}\n.".encode())
         archive.writestr("probe/version", "3\n")
     probe.seek(0)
     with _allowing({}):
@@ -393,7 +396,7 @@ def _check_lengths(planned: Mapping[str, Tensor], records: Mapping[int, int]) ->
         record = records.get(getattr(tensor.untyped_storage(), "_checkpoint_offset", -1), 0)
         if needed > record:
             raise UserError(
-                f"{printable(name)} {list(tensor.shape)} needs {needed:,} bytes, the file has {record:,} of it"
+                f"{printable(name)} {list(tensor.shape)} needs {needed:,} bytes, the file has {record:,}"
             )
 
 
@@ -413,7 +416,7 @@ def _nonfinite(tensor: Tensor) -> int:
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return 0
     count = 0
-    for part in tensor.reshape(-1).split(CHUNK):
+    for part in torch.split(tensor.reshape(-1), CHUNK):
         part = part.float() if part.itemsize == 1 else part
         count += part.numel() - int(part.isfinite().sum())
     return count
@@ -436,11 +439,7 @@ def _unwrapped(loaded: Any, ema: bool) -> tuple[dict[str, Tensor], list[str], di
             break
         ema = ema and entry not in AVERAGES
         wrapping.append(entry)
-        left_out |= {
-            str(name): _reason(name, value)
-            for name, value in list(loaded.items())[:MAX_NAMES]
-            if name != entry
-        }
+        left_out |= {_label(name): _reason(name, value) for name, value in loaded.items() if name != entry}
         loaded = loaded[entry]
     if not isinstance(loaded, dict):
         raise UserError(f"holds {_described(loaded)}, no weights by name; save the model's state_dict()")
@@ -449,11 +448,14 @@ def _unwrapped(loaded: Any, ema: bool) -> tuple[dict[str, Tensor], list[str], di
             f"holds no averaged weights (an entry {', '.join(AVERAGES[:2])} …); read the plain ones"
         )
     tensors = {name: value.detach() for name, value in loaded.items() if _is_weight(name, value)}
-    rest = [(name, value) for name, value in loaded.items() if not _is_weight(name, value)]
-    for reason in dict.fromkeys(_reason(*item) for item in rest):
-        left_out |= _grouped((str(name) for name, value in rest if _reason(name, value) == reason), reason)
+    rest: dict[str, list[str]] = {}
+    for name, value in loaded.items():
+        if not _is_weight(name, value):
+            rest.setdefault(_reason(name, value), []).append(_label(name))
+    for reason, names in rest.items():
+        left_out |= _grouped(names, reason, "entries")
     if not tensors:
-        entries = ", ".join(printable(name)[:40] for name in list(loaded)[:8])
+        entries = ", ".join(printable(_label(name))[:40] for name in list(loaded)[:8])
         raise UserError(f"holds no weights by name; its {len(loaded):,} entries: {entries or 'none'}")
     return *_without_prefixes(tensors, wrapping, left_out), left_out
 
@@ -470,30 +472,34 @@ def _is_weight(name: Any, value: Any) -> bool:
         and isinstance(value, Tensor)
         and value.device.type in ("cpu", "meta")
         and value.layout is torch.strided
-        and not TRAINING.fullmatch(name)
+        and name not in COUNTERS
     )
 
 
 def _reason(name: Any, value: Any) -> str:
     if not isinstance(name, str):
-        return f"its name is no text but {_described(name)}"
+        return "its name is no text"
     if name in AVERAGES and isinstance(value, dict):
         return "averaged weights, not asked for"
     if name in WRAPPERS and isinstance(value, dict):
         return "plain weights; the averaged ones were asked for"
-    if TRAINING.search(name):
+    if TRAINING.match(name) or name in COUNTERS:
         return "training state"
-    if SETTINGS.search(name):
+    if name in SETTINGS:
         return "settings"
     if isinstance(value, Tensor):
         return "a tensor beside the weights"
-    return f"no weights but {_described(value)}"
+    return f"{_described(value)}, no tensor"
+
+
+def _label(name: Any) -> str:
+    return name if isinstance(name, str) else _described(name)
 
 
 def _described(value: Any) -> str:
     if isinstance(value, _Placeholder):
         return f"an object of {printable(type(value).__name__)[:80]}"
-    return f"a {type(value).__name__}"
+    return f"a value of type {type(value).__name__}"
 
 
 def _without_prefixes(
@@ -506,7 +512,7 @@ def _without_prefixes(
         return _only(tensors, prefix, "no part of the backbone", left_out), [*wrapping, prefix]
     for kind, heads in {"detector": DETECTOR, "segmentor": SEGMENTOR}.items():
         if _any_start(tensors, "backbone.") and any(_any_start(tensors, head) for head in heads):
-            kept = _only(tensors, "backbone.", f"{kind} head", left_out)
+            kept = _only(tensors, "backbone.", f"{kind} head: the backbone alone is read", left_out)
             return kept, [*wrapping, "backbone.", kind]
     # mmpretrain's files stay as they are: its names are told by their parts, backbone, neck and head.
     if _all_start(tensors, "backbone.") and "backbone.absolute_pos_embed" in tensors:
@@ -529,13 +535,13 @@ def _only(
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _grouped(names: Iterable[str], reason: str) -> dict[str, str]:
+def _grouped(names: Iterable[str], reason: str, kind: str = "tensors") -> dict[str, str]:
     """One entry for all names of one part."""
     names = list(names)
-    counts = Counter(name.split(".")[0] for name in names)
+    counts = Counter(name.partition(".")[0] for name in names)
     whole = set(names)
     return {
-        part if count == 1 and part in whole else f"{part}.* ({count:,} tensors)": reason
+        part if count == 1 and part in whole else f"{part}.* ({count:,} {kind})": reason
         for part, count in counts.items()
     }
 

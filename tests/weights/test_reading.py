@@ -1,4 +1,4 @@
-"""Foreign files: the weights under plain names, whatever was wrapped around them, and all else accounted for."""
+"""Foreign files: weights under plain names, whatever was wrapped around them, and all else accounted for."""
 
 import argparse
 import collections
