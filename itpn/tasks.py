@@ -72,7 +72,9 @@ def pretrain(recipe: Pretrain) -> Path:
     """
     with join_world(recipe.loop.device) as world:
         directory = recipe.loop.run_dir or Path("runs") / recipe.name
-        run = Run(directory, config_of(recipe), world, free=FREE, force=recipe.loop.force)
+        run = Run(
+            directory, config_of(recipe), world, free=FREE, force=recipe.loop.force, completed=_completed
+        )
         if run.finished_step is not None:
             run.say(f"{run.directory} is finished ({run.finished_step} steps); --run-dir names another run")
             return run.directory
@@ -178,6 +180,14 @@ def replay_step(
 def config_of(recipe: Any) -> dict[str, Any]:
     """A recipe as JSON-able values."""
     return {name: _plain(value) for name, value in asdict(recipe).items()}
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's config with the defaults of fields that came after it; as it is if it does not fit any more."""
+    try:
+        return config_of(files.structured(config, Pretrain))
+    except UserError:
+        return config
 
 
 def _plain(value: Any) -> Any:

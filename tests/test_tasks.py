@@ -18,7 +18,7 @@ from itpn.evaluate.knn import KnnConfig
 from itpn.nn.pyramid import Model, ModelConfig
 from itpn.recipes.pretrain import Pretrain
 from itpn.show.curves import read_metrics
-from itpn.tasks import build, pretrain
+from itpn.tasks import build, config_of, pretrain
 from itpn.weights import files
 from tests.toys import toy_objective
 
@@ -82,6 +82,20 @@ def test_a_finished_run_is_left_alone(run, images, capsys):
     assert pretrain(recipe(images, run)) == run
     assert "is finished" in capsys.readouterr().out
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_began_before_a_field_existed_is_no_other_run(run, images, capsys):
+    path, given = run / "config.json", recipe(images, run)
+    config = json.loads(path.read_text())
+    del config["optim"]["weight_decay_rule"], config["model"]["backbone"]["relative_resampling"]
+    path.write_text(json.dumps(config))
+    pretrain(given)
+    assert "changes" not in capsys.readouterr().out
+    config["optim"]["weight_decay"] = 0.1
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"began with another optim\.weight_decay: "):
+        pretrain(given)
+    path.write_text(json.dumps(config_of(given)))
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(run, images, tmp_path):

@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class Run:
         config: the whole run as JSON-able values.
         free: dotted names of fields and groups of fields that may change while it lasts.
         force: go on whatever else has changed.
+        completed: a config that an earlier version wrote, with the fields that came since.
 
     Raises:
         UserError: the directory cannot be written, is in use, or began with another config.
@@ -36,12 +37,13 @@ class Run:
         *,
         free: Collection[str] = (),
         force: bool = False,
+        completed: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ) -> None:
         self.directory, self.world, self.force = directory, world, force
         self.config: dict[str, Any] = json.loads(json.dumps(config))
         self.console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not world.is_main)
         if world.is_main:
-            before = self._prepare()
+            before = completed(self._prepare())
             changes = list(differences(before, self.config))
             self._accept(changes, [name for name, *_ in changes if not _is_within(name, free)])
 

@@ -56,20 +56,24 @@ class Weights:
         """A part of the config as its dataclass, e.g. ``part("model", ModelConfig)``."""
         if name not in self.config:
             raise UserError(f"{self.path}: its config has no {name!r}; it was not written by itpn")
-        return self._structure(self.config[name], kind, name)
+        return structured(self.config[name], kind, f"{self.path}: its {name}")
 
     def recipe(self, kind: type[T]) -> T:
         """The whole config as the recipe's dataclass."""
-        return self._structure(self.config, kind, "recipe")
+        return structured(self.config, kind, f"{self.path}: its recipe")
 
-    def _structure(self, values: Any, kind: type[T], name: str) -> T:
-        try:
-            return _converter.structure(values, kind)
-        except BaseValidationError as error:
-            reasons = "; ".join(cattrs.transform_error(error))
-            raise UserError(
-                f"{self.path}: its config does not fit this version's {name}: {reasons}"
-            ) from error
+
+def structured(values: Any, kind: type[T], what: str = "it") -> T:
+    """JSON values of a config as its dataclass; fields that they lack have their defaults.
+
+    Raises:
+        UserError: a field is unknown or of another type.
+    """
+    try:
+        return _converter.structure(values, kind)
+    except BaseValidationError as error:
+        reasons = "; ".join(cattrs.transform_error(error))
+        raise UserError(f"{what} does not fit this version: {reasons}") from error
 
 
 def portable(objective: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:

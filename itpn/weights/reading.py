@@ -63,7 +63,7 @@ CHUNK = 1 << 20
 _REFUSED = re.compile(
     r"(builtins|__builtin__) bytearray"
     r"|torch(\.\w+)? \w*Tensor|torch\._tensor \w+"
-    r"|torch\._utils _rebuild_(sparse|q|device|xla|wrapper|nested)\w*"
+    r"|torch\._utils _rebuild_(sparse|q|meta|device|xla|wrapper|nested)\w*"
 )
 _BLOCKED = ("os", "sys", "posix", "nt")
 
@@ -107,7 +107,8 @@ def read_foreign(path: Path, *, ema: bool = False) -> Foreign:
         loaded, placeholders = (_safetensors(path), []) if kind == "safetensors" else _torch(path, kind, ema)
         tensors, wrapping, left_out = _unwrapped(loaded, ema)
         _check_bytes(tensors, path.stat().st_size)
-        nonfinite = {name: count for name, tensor in tensors.items() if (count := _nonfinite(tensor))}
+        with _one_line("weights"):  # some kinds of numbers that safetensors knows, torch cannot convert
+            nonfinite = {name: count for name, tensor in tensors.items() if (count := _nonfinite(tensor))}
     except UserError as error:
         raise UserError(f"{printable(path)}: {error}") from error
     except OSError as error:
@@ -141,14 +142,14 @@ def _kind(path: Path) -> Literal["zip", "pickle", "safetensors"]:
         raise UserError("is a git-lfs pointer, not the file itself; fetch it with `git lfs pull`")
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         raise UserError("is a web page, so the download failed; download the file itself")
+    if start[8:9] == b"{":  # first, as the length before it may look like the others' marks
+        if int.from_bytes(start[:8], "little") > status.st_size - 8:
+            raise UserError("is a broken safetensors file: its header is longer than the file")
+        return "safetensors"
     if start.startswith(b"PK\x03\x04"):
         return "zip"
     if start.startswith(b"\x80"):
         return "pickle"
-    if start[8:9] == b"{":
-        if int.from_bytes(start[:8], "little") > status.st_size - 8:
-            raise UserError("is a broken safetensors file: its header is longer than the file")
-        return "safetensors"
     raise UserError("is no file of torch.save or safetensors")
 
 
@@ -189,7 +190,7 @@ def _torch(path: Path, kind: str, ema: bool) -> tuple[Any, list[str]]:
             planned = _load(file, stand_ins, "meta")
     _check_lengths(_unwrapped(planned, ema)[0], records)
     with _one_line("a file of torch.save"):
-        if path.suffix == ".safetensors":  # torch goes by the suffix, where it is given a path
+        if path.name.endswith(".safetensors"):  # torch goes by the suffix, where it is given a path
             with path.open("rb") as file:
                 return _load(file, stand_ins, "cpu"), list(stand_ins)
         return _load(path, stand_ins, "cpu", mmap=True), list(stand_ins)
@@ -393,7 +394,12 @@ def _check_lengths(planned: Mapping[str, Tensor], records: Mapping[int, int]) ->
             continue
         last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
         needed = (tensor.storage_offset() + last + 1) * tensor.itemsize
-        record = records.get(getattr(tensor.untyped_storage(), "_checkpoint_offset", -1), 0)
+        record = records.get(tensor.untyped_storage()._checkpoint_offset or -1)
+        if record is None:
+            raise UserError(
+                f"has no data for {printable(name)} where torch.save puts it; it was packed again by another "
+                "program, or damaged: load it with torch and save it again"
+            )
         if needed > record:
             raise UserError(
                 f"{printable(name)} {list(tensor.shape)} needs {needed:,} bytes, the file has {record:,}"

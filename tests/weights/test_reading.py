@@ -82,6 +82,13 @@ def test_safetensors_under_any_name(tmp_path, name):
     assert is_state(read_foreign(tmp_path / name))
 
 
+@pytest.mark.parametrize("length", range(60))
+def test_safetensors_with_headers_of_any_length(tmp_path, length):
+    state = {"a" * (length * 8 + 1): torch.ones(3)}
+    save_file(state, tmp_path / "a")
+    assert is_state(read_foreign(tmp_path / "a"), state)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool])
 def test_kinds_of_numbers_stay(tmp_path, dtype):
     found = read(tmp_path, {"a": torch.ones(3, 2).to(dtype)})
