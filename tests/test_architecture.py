@@ -99,3 +99,19 @@ def test_no_relative_imports():
 def test_the_command_line_starts_without_heavy_libraries():
     names = {name.split(".")[0] for _, name in imports_of(ROOT / "itpn" / "cli.py")}
     assert names <= {"difflib", "importlib", "os", "sys", "collections", "itpn"}
+
+
+def test_pickles_are_opened_in_one_place_and_never_trusted():
+    calls = [
+        (
+            path.relative_to(ROOT / "itpn").as_posix(),
+            {keyword.arg: keyword.value for keyword in node.keywords},
+        )
+        for path in (ROOT / "itpn").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+    ]
+    assert {path for path, _ in calls} == {"weights/convert.py"}
+    assert all(ast.unparse(given["weights_only"]) == "True" for _, given in calls)
+    modules = {name.split(".")[0] for path in (ROOT / "itpn").rglob("*.py") for _, name in imports_of(path)}
+    assert not modules & {"pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}

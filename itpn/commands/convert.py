@@ -11,9 +11,9 @@ from itpn.commands.arguments import parse
 from itpn.commands.info import contents, described, findings
 from itpn.errors import UserError
 from itpn.weights import files
+from itpn.weights.convert import read_foreign
 from itpn.weights.families import Given
 from itpn.weights.files import Weights
-from itpn.weights.reading import read_foreign
 from itpn.weights.translate import translate, write_back
 
 

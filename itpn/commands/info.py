@@ -16,9 +16,9 @@ from itpn.nn.hivit import HiViT
 from itpn.nn.pyramid import ModelConfig
 from itpn.objectives.pixel import PixelObjective
 from itpn.weights import files
+from itpn.weights.convert import Foreign, read_foreign
 from itpn.weights.families import FAMILIES
 from itpn.weights.files import Weights
-from itpn.weights.reading import Foreign, read_foreign
 from itpn.weights.translate import Translated, translate
 
 COUNTED = "matrix products, convolutions and 5 x LayerNorm elements"

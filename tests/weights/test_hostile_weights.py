@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save as safetensors_bytes
 
 from itpn.errors import UserError
-from itpn.weights.reading import read_foreign
+from itpn.weights.convert import read_foreign
 
 STATE = {"a.weight": torch.arange(12.0).view(3, 4), "a.bias": torch.ones(4)}
 

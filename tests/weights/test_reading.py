@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from itpn.errors import UserError
-from itpn.weights.reading import MAX_LISTED, read_foreign
+from itpn.weights.convert import read_foreign
+from itpn.weights.wrappings import MAX_LISTED
 
 STATE = {
     "absolute_pos_embed": torch.randn(1, 4, 8),
@@ -265,7 +266,7 @@ import re, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from itpn.weights.reading import read_foreign
+from itpn.weights.convert import read_foreign
 def kilobytes(field):
     return int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
 read_foreign(Path(sys.argv[2]))
