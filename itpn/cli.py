@@ -16,6 +16,7 @@ COMMANDS = {
     "info": ("itpn.commands.info", "a config's, or a file of weights', parts, parameters and multiply-adds"),
     "configs": ("itpn.commands.configs", "list the configs"),
     "convert": ("itpn.commands.convert", "translate a released checkpoint to a file of ours, or back"),
+    "export": ("itpn.commands.export", "write a model for other programs: safetensors, ONNX or torch.export"),
     "sample-data": ("itpn.commands.sample_data", "write the sample as image folder, COCO and ADE20K"),
     "shard": (
         "itpn.commands.shard",

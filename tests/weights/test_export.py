@@ -24,9 +24,9 @@ ENDINGS = {"onnx": "onnx", "torch-export": "pt2", "safetensors": "safetensors"}
 RELATIVE = {"relative_position_bias": True, "layer_scale": 0.5}
 SOURCES = {
     "plain": {"drop_path": 0.5},
-    "relative": RELATIVE | {"relative_image_size": 32, "position_resampling": "published"},
+    "relative": RELATIVE
+    | {"relative_image_size": 48, "relative_resampling": "geometric", "position_resampling": "published"},
     "decomposed": RELATIVE | {"relative_position_decomposed": True},
-    "geometric": RELATIVE | {"relative_resampling": "geometric"},
     "fast": RELATIVE | {"layers": "fast", "mlp_ratio": None},
 }
 
@@ -80,17 +80,16 @@ def outputs_of(path, images: Tensor) -> Mapping[str, Tensor]:
     return {"logits": outputs} if isinstance(outputs, Tensor) else outputs
 
 
-@pytest.mark.parametrize("format", ENDINGS)
 @pytest.mark.parametrize(
     ("name", "classes", "part", "size", "names"),
     [
         ("plain", None, "pyramid", "96x64", ["p4", "p8", "p16"]),
         ("relative", None, "backbone", "96", ["c4", "c8", "c16"]),
         ("decomposed", 5, "classifier", "64x96", ["logits"]),
-        ("geometric", None, "backbone", "96", ["c4", "c8", "c16"]),
         ("fast", None, "pyramid", "64", ["p4", "p8", "p16"]),
     ],
 )
+@pytest.mark.parametrize("format", ENDINGS)
 def test_other_programs_get_what_the_model_gives(
     capsys, tmp_path, source, format, name, classes, part, size, names
 ):
@@ -116,21 +115,26 @@ def test_other_programs_get_what_the_model_gives(
     assert {file.name for file in tmp_path.iterdir()} == {"source.safetensors", out.name}
 
 
-def test_several_sizes_and_five_levels(capsys, tmp_path, source):
+def test_five_levels(capsys, tmp_path, source):
     path, out = source(), tmp_path / "five.pt2"
-    assert (
-        cli.main(["export", str(path), str(out), "--image-size", "64", "96x64", "64", "--levels", "5"]) == 0
-    )
-    assert {file.name for file in tmp_path.iterdir()} == {
-        "source.safetensors",
-        "five-64x64.pt2",
-        "five-96x64.pt2",
-    }
-    images = torch.randn(3, 3, 96, 64)
-    found = outputs_of(tmp_path / "five-96x64.pt2", images)
+    assert cli.main(["export", str(path), str(out), "--levels", "5"]) == 0
+    images = torch.randn(3, 3, 64, 64)
+    found = outputs_of(out, images)
+    assert list(found) == ["p4", "p8", "p16", "p32", "p64"]
     for name, level in itpn.load(path, num_levels=5)(images).items():
         torch.testing.assert_close(found[name], level)
     assert "p64: float32 [batch, 24, 1, 1]" in capsys.readouterr().out
+
+
+def test_several_sizes_are_a_file_each(tmp_path, source):
+    path, out = source("relative"), tmp_path / "part.safetensors"
+    assert cli.main(["export", str(path), str(out), "--image-size", "64", "96x96", "64"]) == 0
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "source.safetensors",
+        "part-64x64.safetensors",
+        "part-96x96.safetensors",
+    }
+    assert itpn.load(tmp_path / "part-96x96.safetensors").backbone.config.image_size == 96
 
 
 def test_mean_and_std_travel_along(tmp_path):
@@ -221,7 +225,7 @@ def test_without_the_onnx_packages(capsys, tmp_path, monkeypatch, source):
 
 
 def test_what_onnx_cannot_hold(capsys, tmp_path, monkeypatch, source):
-    path, out = source("geometric"), tmp_path / "out.onnx"
+    path, out = source("relative"), tmp_path / "out.onnx"
     said = complaint(capsys, path, out, "--image-size", "96x64")
     assert "ONNX cannot express this model at 96 x 64 pixels" in said and "linalg_inv" in said
     monkeypatch.setattr(export, "ONNX_BYTES", 1000)
