@@ -27,12 +27,15 @@ from itpn.engine.run import Run
 from itpn.errors import UserError
 from itpn.evaluate.knn import check_labels, knn
 from itpn.nn.pyramid import Levels, ModelConfig
+from itpn.objectives.distill import DistillObjective
 from itpn.objectives.features import FeaturesConfig
 from itpn.objectives.pixel import PixelConfig, PixelObjective
+from itpn.objectives.teacher import build_teacher
 from itpn.recipes.pretrain import Pretrain
 from itpn.show.curves import loss_curves
 from itpn.show.reconstruction import reconstruction_picture
 from itpn.weights import files
+from itpn.weights.convert import read_foreign
 
 NUM_PICTURED = 6
 FREE = (
@@ -88,6 +91,8 @@ def pretrain(recipe: Pretrain) -> Path:
         bad = BadFiles(run, len(images), recipe.data.max_bad_share)
         steps = steps_per_epoch(len(images), recipe.loop.batch_size)
         objective = build(recipe)
+        if taught := teach(objective):
+            run.say(taught)
         if recipe.init and _has_checkpoint(run):
             run.say(f"going on from a checkpoint; --init {recipe.init} was for the start")
         elif recipe.init:
@@ -117,10 +122,32 @@ def _has_checkpoint(run: Run) -> bool:
     return bool(run.world.largest(found)[0])
 
 
-def build(recipe: Pretrain) -> PixelObjective:
-    """The recipe's objective with its starting weights, the same on every rank."""
+Objective = PixelObjective | DistillObjective
+
+
+def build(recipe: Pretrain) -> Objective:
+    """The recipe's objective with its starting weights, the same on every rank; without its teacher."""
     torch.manual_seed(recipe.loop.seed)
-    return PixelObjective(recipe.model, recipe.objective)
+    return files.build_objective(recipe.model, recipe.objective)
+
+
+def teach(objective: Objective) -> str | None:
+    """Give an objective that distils its teacher, and say in one line who that is.
+
+    Raises:
+        UserError: there is no such teacher, no weights of it, or its tokens do not match the student's units.
+    """
+    if not isinstance(objective, DistillObjective):
+        return None
+    config, grid = objective.config, objective.model.backbone.config.grid
+    path = config.teacher_weights
+    teacher = build_teacher(config, grid, None if path is None else read_foreign(path).tensors)
+    objective.attach(teacher)
+    size = teacher.image_size
+    return (
+        f"teacher {config.teacher or path}: {grid[0]} x {grid[1]} tokens of {size} x {size} pixels, "
+        f"targets {teacher.width} wide"
+    )
 
 
 def load_objective(path: Path, *, mask_ratio: float | None = None) -> PixelObjective:
@@ -165,6 +192,7 @@ def replay_step(
         recipe = replace(recipe, data=replace(recipe.data, root=root))
     images = find_images(recipe.data.root, "train", recipe.data.list)
     objective = build(recipe)
+    teach(objective)
     for block in objective.compile_blocks() if recipe.loop.compile else ():
         block.compile()
     device = choose_device(device_name)
@@ -205,7 +233,7 @@ def _plain(value: Any) -> Any:
 def _batches(
     recipe: Pretrain,
     images: Images,
-    objective: PixelObjective,
+    objective: Objective,
     world: World,
     bad: BadFiles | None,
     start_step: int,
@@ -242,8 +270,10 @@ def _pictured(recipe: Pretrain, images: Images) -> Tensor:
     return torch.stack(pixels) if pixels else torch.empty(0)
 
 
-def _pictures(recipe: Pretrain, images: Images, objective: PixelObjective, world: World) -> EpochEnd:
+def _pictures(recipe: Pretrain, images: Images, objective: Objective, world: World) -> EpochEnd:
     """Original, masked, reconstruction and the pyramid's maps of the same images and masks every time."""
+    if not isinstance(objective, PixelObjective):
+        return EpochEnd(0, lambda epoch, step: {})
     pixels = _pictured(recipe, images) if recipe.loop.picture_every else torch.empty(0)
 
     def draw(epoch: int, step: int) -> dict[str, Image]:
@@ -272,9 +302,7 @@ def picture_of(
     )
 
 
-def _knn(
-    recipe: Pretrain, images: Images, objective: PixelObjective, world: World, bad: BadFiles
-) -> EpochEnd:
+def _knn(recipe: Pretrain, images: Images, objective: Objective, world: World, bad: BadFiles) -> EpochEnd:
     """k-NN on the mean of stage 3's tokens; the folders are checked now, before hours of training."""
     if not recipe.knn.every:
         return EpochEnd(0, lambda epoch, step: {})
@@ -305,7 +333,7 @@ def _knn(
     return EpochEnd(recipe.knn.every, evaluate)
 
 
-def _finish(recipe: Pretrain, objective: PixelObjective, run: Run, step: int) -> None:
+def _finish(recipe: Pretrain, objective: Objective, run: Run, step: int) -> None:
     """What the run leaves behind: weights to fine-tune from, and its curves."""
     path, metrics = run.directory / "pretrained.safetensors", run.directory / "metrics.jsonl"
     portable = files.portable(objective, keep=run.world.is_main)

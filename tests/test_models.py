@@ -22,7 +22,7 @@ from itpn.models import ClassifierModel, FeatureModel, config_of
 from itpn.nn.hivit import SIZES, HiViT
 from itpn.nn.layers import to_map
 from itpn.nn.pyramid import Model, ModelConfig, PyramidConfig, detection_maps
-from itpn.objectives.distill import DistillConfig, Student
+from itpn.objectives.distill import DistillConfig, DistillObjective
 from itpn.weights import files
 from tests.saved import save
 from tests.toys import toy_backbone, toy_model, toy_objective
@@ -263,8 +263,8 @@ def test_backbone_and_pyramid_alone(tmp_path, pretrained):
 
 
 def test_a_distilled_students_backbone_and_pyramid(tmp_path):
-    student = Student(toy_model(), DistillConfig(target_width=8))
-    path = save(tmp_path / "student.safetensors", student, toy_model(), distill=student.config)
+    student = DistillObjective(toy_model(), DistillConfig(target_width=8))
+    path = save(tmp_path / "student.safetensors", student, toy_model(), objective=student.config)
     model = itpn.load(path)
     theirs = student.model.state_dict()
     assert set(model.state_dict()) == set(theirs)

@@ -28,7 +28,7 @@ class Plain(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         objective = self.objective
-        whole = (batch["images"].float() / 255 - objective.mean) / objective.std
+        whole = (batch["images"].float() / 255 - objective.normalise.mean) / objective.normalise.std
         keep = batch["keep"].flatten(0, 1)
         images = whole.repeat_interleave(objective.config.masks_per_image, 0)
 

@@ -30,7 +30,7 @@ from itpn.engine.numerics import (
 from itpn.engine.optim import adamw
 from itpn.engine.step import micro_step
 from itpn.errors import UserError
-from itpn.objectives.pixel import PixelObjective
+from itpn.objectives.pixel import PixelConfig, PixelObjective
 from itpn.recipes.lookup import find, load
 from itpn.recipes.pretrain import Pretrain
 
@@ -182,6 +182,8 @@ def measure(recipe: Pretrain, options: Bench, console: Console) -> Figures:
 
 def build(recipe: Pretrain, device: torch.device) -> PixelObjective:
     """The same weights every time."""
+    if not isinstance(recipe.objective, PixelConfig):
+        raise UserError(f"itpn bench pretrain {recipe.name}: it measures pre-training on pixels alone so far")
     torch.manual_seed(0)
     return PixelObjective(recipe.model, recipe.objective).to(device).train()
 

@@ -14,6 +14,7 @@ from itpn.errors import UserError, printable
 from itpn.evaluate.count import count_parameters, multiply_adds
 from itpn.nn.hivit import HiViT
 from itpn.nn.pyramid import ModelConfig
+from itpn.objectives.distill import DistillObjective
 from itpn.objectives.pixel import PixelObjective
 from itpn.weights import files
 from itpn.weights.convert import Foreign, read_foreign
@@ -31,7 +32,7 @@ def run(arguments: list[str]) -> None:
         return info_of_file(Path(arguments[0]))
     recipe = read_config("itpn info", arguments)
     with torch.device("meta"):
-        objective = PixelObjective(recipe.model, recipe.objective)
+        objective = files.build_objective(recipe.model, recipe.objective)
     table = Table("part", title=recipe.name, title_justify="left")
     table.add_column("parameters", justify="right")
     table.add_column("trainable", justify="right")
@@ -150,12 +151,23 @@ def work(backbone: HiViT) -> str:
     )
 
 
-def parts(objective: PixelObjective) -> dict[str, nn.Module | nn.Parameter]:
+def parts(objective: PixelObjective | DistillObjective) -> dict[str, nn.Module | nn.Parameter]:
     """The parts that together hold every parameter once."""
-    model, features = objective.model, objective.features
-    found = {
-        "backbone": model.backbone,
-        "pyramid": model.pyramid,
+    found: dict[str, nn.Module | nn.Parameter | None] = {
+        "backbone": objective.model.backbone,
+        "pyramid": objective.model.pyramid,
+    }
+    if isinstance(objective, DistillObjective):
+        found |= {
+            "level embed": objective.embed,
+            "mask token": objective.mask_token,
+            "norm": objective.norm,
+            "head": objective.head,
+            "auxiliary branch": objective.auxiliary,
+        }
+        return {name: part for name, part in found.items() if part is not None}
+    features = objective.features
+    found |= {
         "decoder embed": objective.embed,
         "mask token": objective.mask_token,
         "decoder": objective.decoder,

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from itpn.data.picture import BadImageError
 from itpn.data.randomness import generator, replacement
 from itpn.data.source import Images
-from itpn.data.transforms import center_crop, random_resized_crop_flip
+from itpn.data.transforms import center_crop, jittered, random_resized_crop_flip
 from itpn.errors import UserError, printable
 
 Batch = dict[str, Tensor]
@@ -42,6 +42,8 @@ class DataConfig:
     """Smallest share of an image's area that a random crop covers."""
     flip: float = 0.5
     """Probability of mirroring an image."""
+    colour_jitter: float = 0.0
+    """Brightness, contrast and saturation change by factors from 1 - this to 1 + this, in random order."""
     max_bad_share: float = 0.05
     """Share of the training images so far that may be unreadable, and are replaced; more stop the run."""
     workers: int | None = None
@@ -52,6 +54,8 @@ class DataConfig:
             raise UserError(f"data.min_scale is {self.min_scale}; it is a share of the area, in (0, 1]")
         if not 0 <= self.flip <= 1:
             raise UserError(f"data.flip is {self.flip}; it is a probability, in [0, 1]")
+        if not 0 <= self.colour_jitter <= 1:
+            raise UserError(f"data.colour_jitter is {self.colour_jitter}; it is a share, in [0, 1]")
         if not 0 <= self.max_bad_share <= 1:
             raise UserError(f"data.max_bad_share is {self.max_bad_share}; it is a share, in [0, 1]")
         if self.workers is not None and self.workers < 0:
@@ -185,6 +189,9 @@ class TrainSamples(Dataset[Loaded]):
                 bad.append((shown, error.reason))
                 shown = replacement(self.seed, epoch, index, attempt, len(self.images))
                 continue
+            if self.config.colour_jitter:
+                draws = generator(self.seed, epoch, index, "colour")
+                pixels = jittered(pixels, self.config.colour_jitter, draws)
             drawn = self.draw(generator(self.seed, epoch, index, "draw"))
             return {"images": pixels, "index": torch.tensor(shown), "epoch": torch.tensor(epoch), **drawn}
         return None

@@ -45,6 +45,18 @@ def random_crop_box(width: int, height: int, min_scale: float, generator: Genera
     return (width - w) // 2, (height - h) // 2, w, h
 
 
+def jittered(pixels: Tensor, strength: float, generator: Generator) -> Tensor:
+    """Brightness, contrast and saturation of uint8 ``[3, H, W]`` changed by factors uniform in 1 - strength
+    to 1 + strength, in random order: torchvision's ColorJitter, which itself draws from the global state."""
+    from torchvision.transforms.v2 import functional  # half a second to import, for those who ask for it
+
+    changes = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)
+    factors = 1 + strength * (2 * torch.rand(3, generator=generator, dtype=torch.float64) - 1)
+    for i in torch.randperm(3, generator=generator).tolist():
+        pixels = changes[i](pixels, float(factors[i]))
+    return pixels
+
+
 def center_crop(image: Image.Image, size: int, ratio: float = 224 / 256) -> Tensor:
     """The shorter side resized (bicubic) to size / ratio, then the central pixels, uint8 [3, size, size]."""
     shorter = int(size / ratio)

@@ -20,6 +20,7 @@ from itpn.nn.pyramid import Levels, Model, ModelConfig
 from itpn.objectives.decoder import Decoder, DecoderConfig, build_embed, fill, mean_over_hidden
 from itpn.objectives.features import FeatureModeling, FeaturesConfig, repeated_for_masks
 from itpn.objectives.masking import RandomMasking, hidden_units, num_kept
+from itpn.objectives.normalise import Normalise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,6 @@ class PixelConfig:
     def __post_init__(self) -> None:
         if self.masks_per_image < 1:
             raise UserError(f"objective.masks_per_image: {self.masks_per_image} must be at least 1")
-        if len(self.mean) != len(self.std) or not all(deviation > 0 for deviation in self.std):
-            raise UserError("objective.mean and objective.std need one number per channel each, std above 0")
 
 
 class Reconstruction(NamedTuple):
@@ -64,18 +63,11 @@ def normalise_units(units: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class PixelObjective(nn.Module):
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, model: ModelConfig, config: PixelConfig) -> None:
         super().__init__()
         backbone, width = model.backbone, config.decoder.width
         self.config = config
-        if len(config.mean) not in (1, backbone.in_channels):
-            raise UserError(
-                f"objective.mean has {len(config.mean)} numbers, but model.backbone.in_channels is "
-                f"{backbone.in_channels}; give one number, or one per channel"
-            )
+        self.normalise = Normalise(config.mean, config.std, backbone.in_channels)
         self.num_units, self.num_kept = backbone.num_units, num_kept(backbone.num_units, config.mask_ratio)
         self.model = Model(model)
         self.embed = build_embed(model, config.decoder)
@@ -85,8 +77,6 @@ class PixelObjective(nn.Module):
         self.features = (
             FeatureModeling(self.model, config.decoder, config.features) if config.features.weight else None
         )
-        self.register_buffer("mean", torch.tensor(config.mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config.std).view(-1, 1, 1), persistent=False)
         nn.init.normal_(self.mask_token, std=0.02)
         init_linears(self.head, config.decoder.init)
 
@@ -116,11 +106,6 @@ class PixelObjective(nn.Module):
             return {"loss": pixel, "pixel": pixel.detach()}
         feature, parts = self.features(whole, decoded, embedded, keep, hidden)
         return {"loss": pixel + self.features.weight * feature, "pixel": pixel.detach(), **parts}
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """``uint8`` images, or floats in 0..1, to zero mean and unit variance per channel."""
-        top = 255 if images.dtype == torch.uint8 else 1
-        return (images * (1 / (top * self.std))).sub_(self.mean / self.std)
 
     def encode(
         self, images: Tensor, keep: Tensor, drop: Tensor | None = None
@@ -158,7 +143,7 @@ class PixelObjective(nn.Module):
         hide = hidden[:, :, None, None, None]
 
         def picture(cells: Tensor) -> Tensor:
-            return (to_map(cells, grid) * self.std + self.mean).clamp(0, 1)
+            return (to_map(cells, grid) * self.normalise.std + self.normalise.mean).clamp(0, 1)
 
         return Reconstruction(
             picture(units),

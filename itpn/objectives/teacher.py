@@ -27,22 +27,22 @@ CLIP = "vit_base_patch16_clip_quickgelu_224.openai"
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    name: str = ""
-    """The teacher as timm names it, such as vit_base_patch16_clip_quickgelu_224.openai; without weights it is
-    downloaded."""
-    weights: Path | None = None
+    teacher: str = ""
+    """The teacher as timm names it, such as vit_base_patch16_clip_quickgelu_224.openai; without
+    teacher_weights it is downloaded."""
+    teacher_weights: Path | None = None
     """File of the teacher's weights: of the model of that name, or without a name of a CLIP of OpenAI's."""
     target: Literal["projected", "tokens"] = "projected"
     """Targets: patch tokens through the teacher's last linear layer (CLIP's projection), or as they are after
     its last norm."""
-    normalisation: Literal["layer-norm", "none"] = "layer-norm"
+    target_normalisation: Literal["layer-norm", "none"] = "layer-norm"
     """Targets normalised by LayerNorm per token without affine, or as they are."""
-    image_normalisation: Literal["own", "published"] = "own"
+    teacher_images: Literal["own", "published"] = "own"
     """The teacher's own mean and standard deviation; the authors' code first takes an image x of 0..1 for one
     of -1..1, so that their teacher sees (x + 1) / 2, washed out."""
-    position_resampling: Literal["own", "published"] = "own"
-    """The position table at another size: timm's way (bicubic, antialiased), or the authors' (bicubic by a
-    factor of (new + 0.1) / old)."""
+    teacher_positions: Literal["own", "published"] = "own"
+    """The teacher's position table at another size: timm's way (bicubic, antialiased), or the authors'
+    (bicubic by a factor of (new + 0.1) / old)."""
 
 
 class Teacher(nn.Module):
@@ -64,12 +64,12 @@ class Teacher(nn.Module):
         super().__init__()
         self.vit, self.config = vit, config
         if config.target == "projected" and (vit.attn_pool is not None or isinstance(vit.head, nn.Identity)):
-            raise UserError("objective.teacher.target: it has no projection of tokens; use 'tokens'")
+            raise UserError("objective.target: it has no projection of tokens; use 'tokens'")
         self.grid: Grid = grid or vit.patch_embed.grid_size
         self.image_size = self.needed_size(self.grid)
         _resize(vit, self.image_size, config)
         mean, std = (torch.tensor(pretrained_config(vit)[key]).view(-1, 1, 1) for key in ("mean", "std"))
-        if config.image_normalisation == "published":  # ((x + 1) / 2 - mean) / std
+        if config.teacher_images == "published":  # ((x + 1) / 2 - mean) / std
             mean, std = 2 * mean - 1, 2 * std
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
@@ -103,7 +103,7 @@ class Teacher(nn.Module):
         targets = self.vit.fc_norm(tokens[:, self.vit.num_prefix_tokens :])
         if self.config.target == "projected":
             targets = self.vit.head(targets)
-        if self.config.normalisation == "layer-norm":
+        if self.config.target_normalisation == "layer-norm":
             return F.layer_norm(targets.float(), targets.shape[-1:])
         return cast(Tensor, targets.float())
 
@@ -117,7 +117,7 @@ def _resize(vit: Vit, image_size: int, config: TeacherConfig) -> None:
     old, table = vit.patch_embed.grid_size, vit.pos_embed
     vit.set_input_size((image_size, image_size))
     new = vit.patch_embed.grid_size
-    if config.position_resampling == "published" and table is not None and new != old:
+    if config.teacher_positions == "published" and table is not None and new != old:
         prefix, cells = table[0].tensor_split([table.shape[1] - old[0] * old[1]])
         resampled = torch.cat([prefix, resample_table(cells, old, new, offset=0.1)])
         vit.pos_embed = nn.Parameter(resampled[None], requires_grad=False)
@@ -129,19 +129,19 @@ def build_teacher(
     """The teacher that ``config`` describes, for a student's ``grid``.
 
     Args:
-        state: what the file ``config.weights`` holds; without one, timm downloads.
+        state: what the file ``config.teacher_weights`` holds; without one, timm downloads.
 
     Raises:
         UserError: no name and no weights, no such weights, or they do not fit.
     """
-    if (config.weights is None) != (state is None):
-        raise ValueError("state is what config.weights holds: give both or neither")
-    if config.name:
-        return Teacher(from_timm(config.name, {"state_dict": dict(state)} if state else {}), config, grid)
+    if (config.teacher_weights is None) != (state is None):
+        raise ValueError("state is what config.teacher_weights holds: give both or neither")
+    if config.teacher:
+        return Teacher(from_timm(config.teacher, {"state_dict": dict(state)} if state else {}), config, grid)
     if state is None:
         raise UserError(
-            f"objective.teacher: there is none; give a timm name to download (objective.teacher.name {CLIP}) "
-            "or a file of CLIP's weights (objective.teacher.weights)"
+            f"objective.teacher: there is none; give a timm name to download (objective.teacher {CLIP}) "
+            "or a file of CLIP's weights (objective.teacher_weights)"
         )
     return Teacher(from_openai(state), config, grid)
 
@@ -161,20 +161,18 @@ def from_timm(name: str, overlay: Mapping[str, Any], sizes: Mapping[str, Any] | 
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         if "state_dict" in overlay:
-            raise UserError(f"objective.teacher.weights: they do not fit {name}: {reason}") from error
+            raise UserError(f"objective.teacher_weights: they do not fit {name}: {reason}") from error
         raise UserError(
-            f"objective.teacher.name: no weights of {name}: {reason} Check the name and the connection, or "
-            "give a file of them (objective.teacher.weights)"
+            f"objective.teacher: no weights of {name}: {reason} Check the name and the connection, or "
+            "give a file of them (objective.teacher_weights)"
         ) from error
     if not isinstance(vit, VisionTransformer | Eva):
-        raise UserError(
-            f"objective.teacher.name: {name} ({type(vit).__name__}) is no plain vision transformer"
-        )
+        raise UserError(f"objective.teacher: {name} ({type(vit).__name__}) is no plain vision transformer")
     known = pretrained_config(vit)
     known.pop("state_dict", None)  # else the weights stay in memory twice
     if any("quickgelu" in note for note in known.get("notes", ())) and "quickgelu" not in name:
         raise UserError(
-            f"objective.teacher.name: {name} has GELU where its weights need QuickGELU; use "
+            f"objective.teacher: {name} has GELU where its weights need QuickGELU; use "
             f"{name.replace('_clip_', '_clip_quickgelu_')}"
         )
     return vit
@@ -197,11 +195,11 @@ def from_openai(state: Mapping[str, Tensor], num_heads: int | None = None) -> Vi
         overlay = {"state_dict": visual, "num_classes": visual["visual.proj"].shape[1]}
     except KeyError as error:
         raise UserError(
-            f"objective.teacher.weights: no vision transformer under OpenAI's names, {error} is missing; for "
-            "weights under other names say which model they are of (objective.teacher.name)"
+            f"objective.teacher_weights: no vision transformer under OpenAI's names, {error} is missing; for "
+            "weights under other names say which model they are of (objective.teacher)"
         ) from error
     if num_heads is None and width % 64:
-        raise UserError(f"objective.teacher.weights: {width} channels are no whole number of heads of 64")
+        raise UserError(f"objective.teacher_weights: {width} channels are no whole number of heads of 64")
     sizes = {
         "img_size": patch_size * math.isqrt(num_cells),
         "patch_size": patch_size,

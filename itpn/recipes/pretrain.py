@@ -18,6 +18,7 @@ from itpn.evaluate.knn import KnnConfig
 from itpn.nn.hivit import HiViTConfig
 from itpn.nn.pyramid import ModelConfig, PyramidConfig
 from itpn.objectives.decoder import DecoderConfig
+from itpn.objectives.distill import DistillConfig
 from itpn.objectives.features import FeaturesConfig
 from itpn.objectives.pixel import PixelConfig
 
@@ -29,7 +30,7 @@ class Pretrain:
     name: Annotated[str, tyro.conf.Suppress] = ""
     """The config file's stem; runs/NAME is where a run goes."""
     model: ModelConfig
-    objective: PixelConfig
+    objective: PixelConfig | DistillConfig
     data: DataConfig = field(default_factory=DataConfig)
     optim: AdamWConfig = field(default_factory=AdamWConfig)
     schedule: CosineConfig = field(default_factory=CosineConfig)

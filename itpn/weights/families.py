@@ -130,7 +130,7 @@ def config_of(
         case "pixel":
             config["objective"] = asdict(_pixel(tensors, family, given))
         case "distill":
-            config["distill"] = asdict(_distill(tensors, family))
+            config["objective"] = asdict(_distill(tensors, family))
         case "mean-norm" | "norm-mean" | "mean":
             num_classes = len(_need(tensors, "head.weight"))
             config["classifier"] = asdict(ClassifierConfig(num_classes=num_classes, pooling=kind))

@@ -23,7 +23,7 @@ from itpn.heads.classify import Classifier, ClassifierConfig
 from itpn.nn.hivit import HiViT, HiViTConfig
 from itpn.nn.positions import resample_axis, resample_relative, resample_table
 from itpn.nn.pyramid import Model, ModelConfig
-from itpn.objectives.distill import DistillConfig, Student
+from itpn.objectives.distill import DistillConfig, DistillObjective
 from itpn.objectives.pixel import PixelConfig, PixelObjective
 
 T = TypeVar("T")
@@ -32,6 +32,15 @@ MODEL_PARTS = ("backbone.", "pyramid.")
 NANO = Path(__file__).parents[1] / "data" / "nano.safetensors"
 """A nano model pre-trained on the bundled sample, with its decoder (its card is nano.md beside it)."""
 _converter = cattrs.Converter(forbid_extra_keys=True)
+_converter.register_structure_hook(
+    PixelConfig | DistillConfig, lambda values, _: _converter.structure(values, _kind_of(values))
+)
+
+
+def _kind_of(objective: Any) -> type[PixelConfig] | type[DistillConfig]:
+    """Which objective's config JSON values are."""
+    distils = isinstance(objective, dict) and "mask_token" in objective
+    return DistillConfig if distils else PixelConfig
 
 
 @dataclass(frozen=True)
@@ -145,11 +154,24 @@ def module_of(weights: Weights) -> nn.Module:
     model = weights.part("model", ModelConfig)
     if weights.parts <= {"backbone", "pyramid"}:
         return Model(model)
-    if "distill" in weights.config:
-        return Student(model, weights.part("distill", DistillConfig))
     if "classifier" in weights.config:
         return Classifier(HiViT(model.backbone), weights.part("classifier", ClassifierConfig))
-    return PixelObjective(model, weights.part("objective", PixelConfig))
+    return build_objective(model, weights.part("objective", _kind_of(weights.config.get("objective"))))
+
+
+def _is_of(objective: PixelConfig | DistillConfig, config: Mapping[str, Any]) -> bool:
+    return "objective" in config and isinstance(objective, _kind_of(config["objective"]))
+
+
+def build_objective(
+    model: ModelConfig, config: PixelConfig | DistillConfig
+) -> PixelObjective | DistillObjective:
+    """An objective with starting weights; one that distils still lacks its teacher."""
+    match config:
+        case PixelConfig():
+            return PixelObjective(model, config)
+        case DistillConfig():
+            return DistillObjective(model, config)
 
 
 def misfits(weights: Weights, module: nn.Module | None = None) -> list[str]:
@@ -179,7 +201,7 @@ def _newest(run: Path) -> Path:
     return run / "checkpoints" / last.read_text().strip() / "model.safetensors"
 
 
-def load_into(objective: PixelObjective, weights: Weights) -> str:
+def load_into(objective: PixelObjective | DistillObjective, weights: Weights) -> str:
     """Load weights into an objective and say in one line what came from the file.
 
     Backbone and pyramid must be there and fit; position tables of another image size are resampled. What
@@ -192,7 +214,7 @@ def load_into(objective: PixelObjective, weights: Weights) -> str:
     own = {name.removeprefix("model."): name for name in objective.state_dict()}
     state = objective.state_dict()
     weights = resampled(weights, objective.model.config.backbone)
-    if "objective" not in weights.config:  # its other parts are another objective's, or a classifier's
+    if not _is_of(objective.config, weights.config):  # its other parts are of another kind, or a classifier's
         for part in weights.parts - {"backbone", "pyramid"}:
             weights = weights.without(part)
     parts = sorted({name.split(".")[0] for name in own})

@@ -111,7 +111,7 @@ def _kind(weights: Weights) -> Kind:
         return "backbone"
     if "classifier" in weights.config:
         return cast(Kind, weights.config["classifier"]["pooling"])
-    return "distill" if "distill" in weights.config else "pixel"
+    return "pixel" if "mask_ratio" in weights.config["objective"] else "distill"
 
 
 def _is_out(key: str, leave_out: Iterable[str]) -> bool:

@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional
 
 from itpn.data.picture import open_picture
 from itpn.data.randomness import generator
-from itpn.data.transforms import center_crop, random_crop_box, random_resized_crop_flip, to_tensor
+from itpn.data.transforms import center_crop, jittered, random_crop_box, random_resized_crop_flip, to_tensor
 
 
 def smooth(width: int, height: int, detail: int = 8) -> Image.Image:
@@ -129,3 +129,36 @@ def test_to_tensor_keeps_every_pixel_in_place() -> None:
     tensor = to_tensor(Image.fromarray(pixels))
     assert tensor.dtype == torch.uint8 and tensor.shape == (3, 2, 4) and tensor.is_contiguous()
     assert torch.equal(tensor, torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+def test_jitter_is_torchvisions() -> None:
+    """The same factors in the same order give what torchvision's functions give one after the other."""
+    pixels = to_tensor(smooth(40, 30))
+    outcomes = set()
+    for index in range(30):
+        found = jittered(pixels, 0.4, generator(0, 0, index, "colour"))
+        draws = generator(0, 0, index, "colour")
+        factors = (0.6 + 0.8 * torch.rand(3, generator=draws, dtype=torch.float64)).tolist()
+        order = torch.randperm(3, generator=draws).tolist()
+        assert found.dtype == torch.uint8 and found.shape == pixels.shape
+        expected = pixels
+        for i in order:
+            name = ("adjust_brightness", "adjust_contrast", "adjust_saturation")[i]
+            expected = getattr(functional, name)(expected, factors[i])
+        assert (found.int() - expected.int()).abs().max() <= 1  # factors may differ in the last bit
+        outcomes.add(tuple(order))
+    assert len(outcomes) == 6
+    assert torch.equal(
+        jittered(pixels, 0.4, generator(0, 0, 1, "x")), jittered(pixels, 0.4, generator(0, 0, 1, "x"))
+    )
+
+
+def test_jitter_is_distributed_as_torchvisions() -> None:
+    """Mean brightness over many draws, of a grey picture, against ColorJitter's own."""
+    pixels = torch.full((3, 2, 2), 100, dtype=torch.uint8)
+    ours = torch.stack([jittered(pixels, 0.4, generator(0, 0, i, "c")).float().mean() for i in range(400)])
+    torch.manual_seed(0)
+    theirs = v2.ColorJitter(0.4, 0.4, 0.4)
+    others = torch.stack([theirs(pixels).float().mean() for _ in range(400)])
+    assert abs(ours.mean() - others.mean()) < 4
+    assert abs(ours.std() - others.std()) < 3

@@ -16,7 +16,7 @@ from itpn.engine.schedule import CosineConfig
 from itpn.errors import UserError
 from itpn.nn.hivit import HiViTConfig
 from itpn.nn.pyramid import ModelConfig, PyramidConfig
-from itpn.objectives.distill import DistillConfig, Student
+from itpn.objectives.distill import DistillConfig, DistillObjective
 from itpn.objectives.pixel import PixelConfig, PixelObjective
 from itpn.recipes.pretrain import mmpretrain_pixel
 from itpn.weights.names import to_ours, to_theirs
@@ -173,12 +173,12 @@ def released(rule: str) -> nn.Module:
             case "itpn-clip":
                 backbone = replace(backbone, relative_position_bias=True, layer_scale=0.1)
                 pyramid = replace(pyramid, depth=1)
-                return Student(ModelConfig(backbone=backbone, pyramid=pyramid), DistillConfig())
+                return DistillObjective(ModelConfig(backbone=backbone, pyramid=pyramid), DistillConfig())
             case "mmpretrain-clip":
                 backbone = replace(mmpretrain_pixel(size="base", epochs=1).model.backbone, layer_scale=0.1)
                 backbone = replace(backbone, relative_position_bias=True)
                 config = DistillConfig(auxiliary=False)
-                return Student(ModelConfig(backbone=backbone, pyramid=pyramid), config)
+                return DistillObjective(ModelConfig(backbone=backbone, pyramid=pyramid), config)
             case _:
                 recipe = mmpretrain_pixel(size="base", epochs=1)
                 return PixelObjective(recipe.model, recipe.objective)

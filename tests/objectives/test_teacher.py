@@ -16,8 +16,8 @@ from itpn.objectives.teacher import Teacher, TeacherConfig, build_teacher, from_
 
 REFERENCE = load_file(Path(__file__).parents[1] / "reference" / "clip_teacher.safetensors")
 STATE = {key.removeprefix("state."): x for key, x in REFERENCE.items() if key.startswith("state.")}
-PUBLISHED = {"image_normalisation": "published", "position_resampling": "published"}
-TOKENS = TeacherConfig(target="tokens", normalisation="none")
+PUBLISHED = {"teacher_images": "published", "teacher_positions": "published"}
+TOKENS = TeacherConfig(target="tokens", target_normalisation="none")
 FILE = Path("weights.safetensors")
 
 
@@ -38,7 +38,7 @@ def toy_vit(name="vit_tiny_patch16_224", **sizes):
 @pytest.mark.parametrize(
     ("images", "expected", "grid", "options"),
     [
-        ("image01", "ln_post_tokens", None, PUBLISHED | {"target": "tokens", "normalisation": "none"}),
+        ("image01", "ln_post_tokens", None, PUBLISHED | {"target": "tokens", "target_normalisation": "none"}),
         ("image01", "target", None, PUBLISHED),
         ("image01_40", "target_40", (5, 5), PUBLISHED),
         ("image01", "alt.target_proper_normalisation", None, {}),
@@ -77,8 +77,8 @@ def test_openai_heads_are_64_wide_and_half_precision_becomes_single():
 @pytest.mark.parametrize(
     ("left_out", "words"),
     [
-        ("visual.conv1.weight", "visual.conv1.weight.*objective.teacher.name"),
-        ("visual.proj", "visual.proj.*objective.teacher.name"),
+        ("visual.conv1.weight", "visual.conv1.weight.*objective.teacher"),
+        ("visual.proj", "visual.proj.*objective.teacher"),
         ("visual.ln_pre.bias", "norm_pre.bias"),
         ("visual.transformer.resblocks.1.mlp.c_proj.bias", "blocks.1.mlp.fc2.bias"),
     ],
@@ -133,7 +133,7 @@ def test_own_resampling_is_what_timm_does_for_any_size():
 def test_published_resampling_keeps_the_positions_of_prefix_tokens():
     vit = toy_vit("deit_tiny_distilled_patch16_224")
     prefix = vit.pos_embed[:, :2].clone()
-    teacher = Teacher(vit, replace(TOKENS, position_resampling="published"), (3, 3))
+    teacher = Teacher(vit, replace(TOKENS, teacher_positions="published"), (3, 3))
     assert teacher.vit.pos_embed.shape == (1, 2 + 9, 32)
     assert_close(teacher.vit.pos_embed[:, :2], prefix, atol=0, rtol=0)
 
@@ -183,39 +183,39 @@ def test_a_teacher_without_a_projection_of_tokens_says_so(sizes):
 def test_weights_of_a_named_model_come_from_its_file():
     torch.manual_seed(0)
     vit = timm.create_model("test_vit").eval()
-    teacher = build_teacher(TeacherConfig(name="test_vit", weights=FILE), state=vit.state_dict())
+    teacher = build_teacher(TeacherConfig(teacher="test_vit", teacher_weights=FILE), state=vit.state_dict())
     assert_close(teacher.vit.state_dict(), vit.state_dict(), atol=0, rtol=0)
 
 
 def test_weights_of_another_model_are_refused_in_one_line():
-    with pytest.raises(UserError, match=r"objective\.teacher\.weights.*test_vit") as caught:
-        build_teacher(TeacherConfig(name="test_vit", weights=FILE), state=STATE)
+    with pytest.raises(UserError, match=r"objective\.teacher_weights.*test_vit") as caught:
+        build_teacher(TeacherConfig(teacher="test_vit", teacher_weights=FILE), state=STATE)
     assert "\n" not in str(caught.value)
 
 
 def test_without_name_and_file_both_ways_are_named():
-    with pytest.raises(UserError, match=r"objective\.teacher\.name.*objective\.teacher\.weights"):
+    with pytest.raises(UserError, match=r"objective\.teacher.*objective\.teacher_weights"):
         build_teacher(TeacherConfig())
 
 
 def test_state_and_path_go_together():
     with pytest.raises(ValueError, match="both or neither"):
-        build_teacher(TeacherConfig(weights=FILE))
+        build_teacher(TeacherConfig(teacher_weights=FILE))
 
 
 @pytest.mark.parametrize("name", ["test_vit.r160_in1k", "no_such_model", "vit_base_patch16_reg4_gap_256"])
 def test_without_the_hub_both_ways_are_named(name, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=f"{name}.*objective.teacher.weights") as caught:
-        build_teacher(TeacherConfig(name=name))
+    with pytest.raises(UserError, match=f"{name}.*objective.teacher_weights") as caught:
+        build_teacher(TeacherConfig(teacher=name))
     assert "\n" not in str(caught.value)
 
 
 def test_only_vision_transformers_teach():
     state = timm.create_model("test_resnet").state_dict()
     with pytest.raises(UserError, match="ResNet"):
-        build_teacher(TeacherConfig(name="test_resnet", weights=FILE), state=state)
+        build_teacher(TeacherConfig(teacher="test_resnet", teacher_weights=FILE), state=state)
 
 
 def test_weights_made_with_quick_gelu_are_not_run_with_gelu():

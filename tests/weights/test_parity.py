@@ -145,7 +145,7 @@ def test_clip_pretraining():
     tensors, _ = load("clip_pretrain")
     student = module(converted("clip_pretrain"))
     hidden, target = tensors["bool_masked_pos"], tensors["teacher_target"]
-    fused, auxiliary = student(tensors["input"], hidden)
+    fused, auxiliary = student.predict(tensors["input"], hidden)
     close(fused, tensors["lm_head_out"])
     close(auxiliary, tensors["lm_cls_head_out"])
     for number, prediction in ((1, fused), (2, auxiliary)):
@@ -157,7 +157,7 @@ def test_clip_pretraining():
         ]
         count = hidden.sum(1)
         close((torch.stack(alone) * count).sum() / count.sum(), tensors[f"loss_{number}_masked_only"][0])
-    unmasked = student(tensors["input"], torch.zeros_like(hidden))
+    unmasked = student.predict(tensors["input"], torch.zeros_like(hidden))
     close(unmasked.fused, tensors["lm_head_out_unmasked"])
     close(unmasked.auxiliary, tensors["lm_cls_head_out_unmasked"])
     loss = distill_loss(fused, target, "smooth-l1") + distill_loss(auxiliary, target, "smooth-l1")
@@ -170,7 +170,7 @@ def test_mmpretrains_clip_pretraining():
     tensors, _ = load("mm_clip_rpe")
     student = module(converted("mm_clip_rpe"))
     hidden, target = tensors["mask"].flatten(1).bool(), tensors["teacher_tokens_with_cls"][:, 1:]
-    fused, auxiliary = student(tensors["input"], hidden)
+    fused, auxiliary = student.predict(tensors["input"], hidden)
     assert auxiliary is None
     close(fused, tensors["logits_all"])
     close(fused[hidden], tensors["logits_masked"])

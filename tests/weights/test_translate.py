@@ -13,7 +13,7 @@ from itpn.errors import UserError
 from itpn.nn.hivit import HiViTConfig
 from itpn.nn.layers import to_map
 from itpn.nn.pyramid import ModelConfig, PyramidConfig
-from itpn.objectives.distill import DistillConfig, Student
+from itpn.objectives.distill import DistillConfig, DistillObjective
 from itpn.weights import files
 from itpn.weights.families import FAMILIES, Given
 from itpn.weights.files import Weights
@@ -74,12 +74,12 @@ def test_published_models_have_their_multiply_adds(name):
     model = on_meta(translate(state_of(name)))
     side = meta["input_size"]
     images = torch.empty(1, 3, side, side, device="meta")
-    arguments = [torch.zeros(1, (side // 16) ** 2, dtype=torch.bool, device="meta")]
+    hidden = torch.zeros(1, (side // 16) ** 2, dtype=torch.bool, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         if "FPN" in call:
             model.model(images)
         else:
-            model(images, *(arguments if isinstance(model, Student) else []))
+            model.predict(images, hidden) if isinstance(model, DistillObjective) else model(images)
     published = meta["flops"][call]["torch_flop_counter_MACs"]
     assert counter.get_total_flops() / 2 == pytest.approx(published, rel=1e-3)
 
@@ -100,7 +100,7 @@ def fast_student():
     pyramid = PyramidConfig(layers="fast", depth=1, mlp_ratio=8 / 3)
     config = DistillConfig(target_width=768, mask_token="after-stem", fuse="units", auxiliary=False)
     with torch.device("meta"):
-        return Student(ModelConfig(backbone=backbone, pyramid=pyramid), config)
+        return DistillObjective(ModelConfig(backbone=backbone, pyramid=pyramid), config)
 
 
 def test_the_fast_student_has_the_parameters_of_its_published_log():
@@ -116,7 +116,7 @@ def toy_fast_student():
     )
     pyramid = PyramidConfig(width=24, layers="fast", depth=1, mlp_ratio=8 / 3)
     config = DistillConfig(target_width=20, mask_token="after-stem", fuse="units", auxiliary=False)
-    student = Student(ModelConfig(backbone=backbone, pyramid=pyramid), config)
+    student = DistillObjective(ModelConfig(backbone=backbone, pyramid=pyramid), config)
     for parameter in student.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return student.eval()
@@ -127,7 +127,7 @@ def test_a_fast_pyramid_is_convolutions_and_transposed_convolutions():
     student = toy_fast_student()
     tensors = {name.removeprefix("model."): value for name, value in student.state_dict().items()}
     model = student.model.config
-    config = {"model": asdict(model), "distill": asdict(student.config)}
+    config = {"model": asdict(model), "objective": asdict(student.config)}
     theirs = write_back(Weights(Path("x"), tensors, config), "official-fast")
     grid = (2, 3)
     for layer, key, convolution, stride, x in [
@@ -149,14 +149,14 @@ def test_a_fast_pyramid_is_convolutions_and_transposed_convolutions():
 def test_a_fast_student_goes_there_and_back():
     student = toy_fast_student()
     tensors = {name.removeprefix("model."): value for name, value in student.state_dict().items()}
-    config = {"model": asdict(student.model.config), "distill": asdict(student.config)}
+    config = {"model": asdict(student.model.config), "objective": asdict(student.config)}
     theirs = write_back(Weights(Path("x"), tensors, config), "official-fast")
     assert theirs["split_16to8.reduction.weight"].shape == (32, 24, 2, 2)
     again = translate(theirs, given=Given(num_heads=2))
     assert (again.family, again.kind) == ("official-fast", "distill")
     assert again.tensors.keys() == tensors.keys()
     assert all(torch.equal(again.tensors[name], tensors[name]) for name in tensors)
-    assert again.config["distill"] == config["distill"]
+    assert again.config["objective"] == config["objective"]
     assert (
         again.config["model"]["pyramid"]["mlp_ratio"] == 64 / 24
     )  # 8 / 3 truncated, which is all that shows

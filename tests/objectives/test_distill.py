@@ -1,0 +1,146 @@
+"""Distillation: what is hidden, what leaks, what is supervised, and that it trains. Its numbers are compared
+with the authors' and mmpretrain's in tests/weights/test_parity.py."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from itpn.errors import UserError
+from itpn.objectives.distill import DistillConfig, DistillObjective, distill_loss
+from itpn.objectives.teacher import Teacher
+from tests.toys import toy_batch, toy_model
+
+CHOICES = {"target": "tokens", "target_width": 64, "num_hidden": 5, "min_block": 2}
+
+
+def toy_teacher(config, grid=(4, 4)):
+    torch.manual_seed(1)
+    return Teacher(timm.create_model("test_vit", pretrained=False), config, grid)
+
+
+def toy(taught=True, seed=0, model=None, **choices):
+    config = DistillConfig(**(CHOICES | choices))
+    torch.manual_seed(seed)
+    objective = DistillObjective(model or toy_model(layer_scale=0.1, relative_position_bias=True), config)
+    if taught:
+        objective.attach(toy_teacher(config))
+    return objective
+
+
+def changed_units(objective, number):
+    """Predictions that change when the pixels of a hidden unit do: of both heads."""
+    objective.eval()
+    images = torch.rand(1, 3, 64, 64)
+    hidden = torch.zeros(1, 16, dtype=torch.bool)
+    hidden[0, number] = True
+    other = images.clone()
+    other[:, :, 16 * (number // 4) :, 16 * (number % 4) :][:, :, :16, :16] += 1
+    before, after = objective.predict(images, hidden), objective.predict(other, hidden)
+    return [
+        (found - expected).abs().amax(-1)[0].gt(1e-6).nonzero().flatten().tolist()
+        for found, expected in zip(after, before, strict=True)
+        if found is not None
+    ]
+
+
+def test_a_token_after_the_stem_hides_everything():
+    assert changed_units(toy(mask_token="after-stem"), 6) == [[], []]
+
+
+def test_a_token_after_stages_1_and_2_leaks_through_the_laterals_into_its_own_unit():
+    assert changed_units(toy(mask_token="after-local"), 6) == [[6], []]
+
+
+@pytest.mark.parametrize("loss", ["smooth-l1", "cosine", "cross-entropy"])
+@pytest.mark.parametrize("positions", ["hidden", "all"])
+def test_losses_against_loops_over_units(loss, positions):
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = torch.randn(2, 3, 6, 4, generator=generator)
+    hidden = torch.tensor([[1, 0, 0, 1, 0, 0], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1]]).bool()
+    means = []
+    for b in range(3):
+        units = [n for n in range(6) if positions == "all" or hidden[b, n]]
+        values = []
+        for n in units:
+            p, t = prediction[b, n], target[b, n]
+            match loss:
+                case "smooth-l1":
+                    values.append(F.smooth_l1_loss(p, t))
+                case "cosine":
+                    values.append(-(p @ t) / (p.norm() * t.norm()))
+                case "cross-entropy":
+                    values.append(F.cross_entropy(p, t))
+        means.append(torch.stack(values).mean())
+    ours = distill_loss(prediction, target, loss, hidden if positions == "hidden" else None)
+    torch.testing.assert_close(ours, torch.stack(means).mean())
+
+
+@pytest.mark.parametrize("auxiliary", [True, False])
+def test_the_loss_is_the_sum_of_its_branches(auxiliary):
+    objective = toy(auxiliary=auxiliary)
+    losses = objective(toy_batch(objective))
+    parts = [value for name, value in losses.items() if name != "loss"]
+    assert len(parts) == 1 + auxiliary
+    torch.testing.assert_close(losses["loss"], torch.stack(parts).sum())
+
+
+def test_the_teacher_is_neither_trained_nor_saved():
+    objective, bare = toy(), toy(taught=False)
+    assert objective.state_dict().keys() == bare.state_dict().keys()
+    assert len(list(objective.parameters())) == len(list(bare.parameters()))
+    [teacher] = objective._teacher
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    objective(toy_batch(objective))["loss"].backward()
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_the_teacher_sees_the_whole_image_at_its_own_size():
+    """Patches of 16 need 64 pixels for 4 x 4 tokens; a student of 8-pixel units gets its images enlarged."""
+    model = toy_model(image_size=32, patch_size=8)
+    objective = toy(model=model)
+    seen = []
+    objective._teacher[0].vit.forward_features = lambda x: seen.append(x.shape) or torch.zeros(len(x), 17, 64)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert objective.targets(images).shape == (2, 16, 64)
+    assert seen == [(2, 3, 64, 64)]
+
+
+@pytest.mark.parametrize("loss", ["smooth-l1", "cosine"])
+def test_it_learns_its_teacher(loss):
+    objective = toy(loss=loss).train()
+    batch = toy_batch(objective, size=4)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = objective(batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3 * abs(losses[0])
+
+
+def test_drop_path_covers_the_auxiliary_blocks():
+    objective = toy(model=toy_model(drop_path=0.9, layer_scale=0.1)).train()
+    batch = toy_batch(objective)
+    backbone = objective.model.backbone
+    assert batch["drop"].shape == (3, backbone.num_drops + 4)
+    kept = {**batch, "drop": torch.ones_like(batch["drop"])}
+    dropped = {**batch, "drop": kept["drop"].clone()}
+    dropped["drop"][:, -4:] = 0.0
+    first, second = objective(kept), objective(dropped)
+    assert torch.equal(first["fused"], second["fused"])
+    assert not torch.equal(first["auxiliary"], second["auxiliary"])
+
+
+def test_a_teacher_that_does_not_fit_is_refused():
+    objective = toy(taught=False, target_width=32)
+    with pytest.raises(UserError, match=r"objective\.target_width is 32.* 64 channels"):
+        objective.attach(toy_teacher(objective.config))
+    objective = toy(taught=False)
+    with pytest.raises(UserError, match=r"teacher has \(5, 5\) tokens, the student \(4, 4\)"):
+        objective.attach(toy_teacher(objective.config, (5, 5)))
+    with pytest.raises(UserError, match=r"model\.pyramid"):
+        DistillObjective(toy_model(pyramid=False), DistillConfig(**CHOICES))
