@@ -28,6 +28,8 @@ def tokens_of(backbone: HiViT, images: Tensor) -> tuple[Tensor, Grid]:
 
 def joint(backbone: HiViT, template: Tensor, search: Tensor) -> tuple[Tensor, Tensor]:
     """Stage 3 over both sets of tokens, ``[B, T, C]`` and ``[B, S, C]``; the same two sets come out."""
+    if backbone.config.relative_position_bias:
+        raise SystemExit("tokens of two images have no relative positions: take weights without a bias")
     together, _ = backbone.context(torch.cat([template, search], 1))
     return together[:, : template.shape[1]], together[:, template.shape[1] :]
 

@@ -24,7 +24,6 @@ from itpn.weights import files
 from itpn.weights.files import Weights
 
 FILE = "model.safetensors"
-FOREIGN = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".tar")
 PAPER = "https://arxiv.org/abs/2211.12735"
 
 
@@ -41,13 +40,8 @@ def read(path: str | Path, **download: Any) -> Weights:
     local = Path(path).expanduser()
     if not local.exists() and isinstance(path, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         local = _downloaded(path, **download)
-    if local.is_file() and local.suffix in FOREIGN:
-        raise UserError(f"{local} is a checkpoint of another library; convert it first: itpn convert {local}")
     weights = files.read(local)
-    if wrong := files.misfits(weights):
-        raise UserError(
-            f"{weights.path}: {len(wrong)} tensors are not those of its config ({'; '.join(wrong[:3])})"
-        )
+    files.check(weights)
     return weights
 
 
@@ -130,7 +124,7 @@ def card(config: dict[str, Any], parameters: int, license: str) -> str:
     )
     size, patch = backbone.image_size, backbone.patch_size
     rows = {
-        "backbone": f"`{backbone.size}`",
+        "backbone": f"`{backbone.label}`",
         "blocks": f"{' + '.join(map(str, shape.depths))}, {shape.num_heads} heads",
         "channels": f"{shape.width // 4}, {shape.width // 2}, {shape.width}"
         f" at strides {patch // 4}, {patch // 2}, {patch}",
@@ -146,7 +140,7 @@ def card(config: dict[str, Any], parameters: int, license: str) -> str:
 {data.to_yaml()}
 ---
 
-# {backbone.size}
+# {backbone.label}
 
 {what} of the iTPN family: a hierarchical vision transformer (HiViT) that is pre-trained together with its
 feature pyramid ([Integrally Pre-Trained Transformer Pyramid Networks]({PAPER})).

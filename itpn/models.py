@@ -89,17 +89,19 @@ class FeatureModel(nn.Module, hub.HubModel):
         return OrderedDict(zip(names, maps, strict=True))
 
     def file_config(self) -> dict[str, Any]:
-        return {"model": hub.as_json(self.config)}
+        maps = {"features": self.features, "num_levels": self.num_levels}
+        return {"model": hub.as_json(self.config), "maps": maps}
 
     @classmethod
     def from_weights(
         cls,
         weights: Weights,
         features: Kind | None = None,
-        num_levels: int = 3,
+        num_levels: int | None = None,
         **backbone: Any,
     ) -> Self:
-        """The model of a file of ours; ``features`` None: the pyramid if it has one, else the stages.
+        """The model of a file of ours; ``features`` None: as it was saved, else the pyramid if it has one,
+        else the stages. ``num_levels`` None: as it was saved with the same features, else 3.
 
         Args:
             backbone: fields of `HiViTConfig` other than the file's; position tables are resampled.
@@ -107,9 +109,11 @@ class FeatureModel(nn.Module, hub.HubModel):
         Raises:
             UserError: there is no pyramid, or the fields given need tensors of other shapes.
         """
-        config = weights.part("model", ModelConfig)
-        if features is None:
-            features = "pyramid" if config.pyramid else "stages"
+        config, saved = weights.part("model", ModelConfig), weights.config.get("maps") or {}
+        usual: Kind = "pyramid" if config.pyramid else "stages"
+        features = features or saved.get("features", usual)
+        if num_levels is None:
+            num_levels = saved.get("num_levels", 3) if features == saved.get("features") else 3
         if features == "pyramid" and config.pyramid is None:
             raise UserError(
                 f'{weights.path} holds no pyramid; ask for features="stages" or features="tokens"'
@@ -142,7 +146,7 @@ def load(
     path: str | Path,
     *,
     features: Kind | None = None,
-    num_levels: int = 3,
+    num_levels: int | None = None,
     image_size: int | None = None,
 ) -> FeatureModel | ClassifierModel:
     """The model that a file holds, in evaluation mode.
@@ -215,6 +219,6 @@ def read_as(name: str, path: str | Path) -> Weights:
     config_of(name)
     weights = hub.read(path)
     held = weights.part("model", ModelConfig).backbone
-    if held.size != name and held.shape != SIZES[name]:
-        raise UserError(f"{name} was asked for, but {weights.path} holds {held.size}")
+    if held.shape != SIZES[name]:
+        raise UserError(f"{name} was asked for, but {weights.path} holds {held.label}; itpn.load takes any")
     return weights

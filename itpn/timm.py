@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from itpn import models
@@ -34,9 +35,10 @@ class TimmModel(Classifier):
         num_classes: 0 for no head.
         global_pool: ``"avg"`` for the pooling of the weights' classifier, or ``""`` for none.
         drop_rate: dropout of the pooled features.
-        drop_path_rate: drop path of the last block.
+        in_chans, drop_path_rate: channels of an image, drop path of the last block; None: the weights'.
         weights: see `itpn.load`; a classifier's head is taken if it has as many classes.
-        features: what `forward_intermediates` gives, and so ``features_only``.
+        features: what `forward_intermediates` gives, and so ``features_only``. A classifier's logits do not
+            come from the pyramid: trained as one, its parameters get no gradient.
 
     Raises:
         UserError: weights of another size, without the pyramid asked for, or that do not fit.
@@ -48,18 +50,20 @@ class TimmModel(Classifier):
         self,
         cfg: str,
         img_size: int | tuple[int, int] | None = None,
-        in_chans: int = 3,
+        in_chans: int | None = None,
         num_classes: int = 1000,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        drop_path_rate: float | None = None,
         weights: str | Path | None = None,
         features: Literal["stages", "pyramid"] = "stages",
     ) -> None:
         loaded = models.read_as(cfg, weights) if weights else None
         config = loaded.part("model", ModelConfig) if loaded else models.config_of(cfg)
         changed: dict[str, Any] = {"image_size": _side(img_size)} if img_size else {}
-        backbone = replace(config.backbone, in_channels=in_chans, drop_path=drop_path_rate, **changed)
+        changed |= {"in_channels": in_chans} if in_chans is not None else {}
+        changed |= {"drop_path": drop_path_rate} if drop_path_rate is not None else {}
+        backbone = replace(config.backbone, **changed)
         head = ClassifierConfig(num_classes=num_classes or 1)
         if loaded and "classifier" in loaded.config:
             head = replace(head, pooling=loaded.part("classifier", ClassifierConfig).pooling)
@@ -79,7 +83,7 @@ class TimmModel(Classifier):
             for i in range(3)
         ]
         self.num_stages = 3
-        self.in_chans, self.drop_rate = in_chans, drop_rate
+        self.in_chans, self.drop_rate = backbone.in_channels, drop_rate
         self.embed_dim = self.num_features = self.head_hidden_size = width
         self.num_classes, self.global_pool = num_classes, _pool(global_pool)
         if num_classes == 0:
@@ -214,9 +218,11 @@ class TimmModel(Classifier):
 
 def _numbers(indices: int | Sequence[int] | None) -> list[int]:
     """Of the three maps, as numbers from 0."""
-    if indices is None or isinstance(indices, int):
-        return list(range(3))[-(indices or 3) :]
-    return [range(3)[i] for i in indices]
+    try:
+        taken, _ = feature_take_indices(3, indices if isinstance(indices, int | None) else list(indices))
+    except AssertionError as error:
+        raise UserError(f"indices or out_indices: {indices} of 3 maps ({error})") from error
+    return list(taken)
 
 
 def _side(img_size: int | tuple[int, int]) -> int:
@@ -262,6 +268,8 @@ default_cfgs = generate_default_cfgs(
 def _entrypoint(name: str) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:  # timm's form, which takes all it knows
         features = {"out_indices": (0, 1, 2), "feature_cls": "getter"}
+        if kwargs.get("feature_cls", "getter") != "getter":
+            raise UserError(f"feature_cls: {kwargs['feature_cls']!r} cannot take these maps; leave it out")
         return build_model_with_cfg(
             TimmModel, name, pretrained, model_cfg=name, feature_cfg=features, **kwargs
         )

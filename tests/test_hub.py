@@ -133,3 +133,11 @@ def test_a_class_loads_only_its_own_kind(tmp_path):
     models()["pyramid"].save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no 'classifier'"):
         ClassifierModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("features", "num_levels"), [("tokens", 3), ("stages", 3), ("pyramid", 5)])
+def test_what_a_model_gives_is_saved_with_it(tmp_path, features, num_levels):
+    model = itpn.create_model("itpn_pico", features=features, num_levels=num_levels)
+    model.save_pretrained(tmp_path)
+    for again in (itpn.load(tmp_path), type(model).from_pretrained(tmp_path)):
+        assert (again.features, again.num_levels) == (features, num_levels)

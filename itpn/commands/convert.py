@@ -1,11 +1,15 @@
 """`itpn convert SOURCE OUT`: a released checkpoint to a file of ours, or back."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import tyro
 from rich.console import Console
+from safetensors import SafetensorError
+from torch import Tensor
 
 from itpn.commands.arguments import parse
 from itpn.commands.info import contents, described, findings
@@ -48,12 +52,19 @@ def run(arguments: list[str]) -> None:
         raise UserError(f"{options.out} must end in .safetensors: that is what is written")
     if not options.out.resolve().parent.is_dir():
         raise UserError(f"there is no folder {options.out.resolve().parent} to write {options.out.name} in")
-    if options.source.resolve() == options.out.resolve():
+    if str(options.source) == str(options.out) or _same(options.source, options.out):
         raise UserError(f"{options.out} is the source itself; name another file to write")
     if options.to:
         _write_back(options, options.to)
     else:
         _convert(options)
+
+
+def _same(source: Path, out: Path) -> bool:
+    try:
+        return source.samefile(out)
+    except (OSError, ValueError):  # one of them is not there, or can be no path
+        return False
 
 
 def _convert(options: Convert) -> None:
@@ -79,17 +90,42 @@ def _convert(options: Convert) -> None:
         "family": translated.family,
         "left_out": foreign.left_out | translated.left_out,
     }
-    files.save(options.out, translated.tensors, translated.config, source)
+    _save(options.out, translated.tensors, translated.config, source)
     weights = Weights(options.out, translated.tensors, translated.config)
     print("\n".join(findings(foreign, translated)))
     Console(highlight=False, soft_wrap=True).print(contents(weights))
     print("\n".join(described(weights)))
     print(f"wrote {options.out} ({options.out.stat().st_size / 1e6:.1f} MB)")
+    print(f'itpn.load("{options.out}") or --init {options.out} takes it from here')
+
+
+def _save(out: Path, tensors: Mapping[str, Tensor], *contents: Any) -> None:
+    try:
+        files.save(out, _apart(tensors), *contents)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {out} ({error}): make room there, or name another file") from error
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous and each in its own memory, as safetensors has it; what is so already is not copied."""
+    apart, seen = {}, set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        if memory in seen:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(memory)
+        apart[name] = tensor.contiguous()
+    return apart
 
 
 def _write_back(options: Convert, family: str) -> None:
+    unused = {"family", "ema", "num_heads", "decoder_heads", "norm_eps", "leave_out"}
+    given = [name for name in sorted(unused) if getattr(options, name) not in (None, False, ())]
+    if given:
+        raise UserError(f"--to writes a file of ours as it is: leave --{given[0].replace('_', '-')} out")
     weights = files.read(options.source)
+    files.check(weights)
     tensors = write_back(weights, family)
-    files.save(options.out, {name: value.contiguous() for name, value in tensors.items()}, None)
+    _save(options.out, tensors, None)
     print(f"{options.source}: {len(tensors)} tensors under the names of {family}")
     print(f"wrote {options.out} ({options.out.stat().st_size / 1e6:.1f} MB)")

@@ -1,4 +1,7 @@
-"""`itpn info CONFIG [--field value …]` or `itpn info FILE`: parameters by part, and multiply-adds."""
+"""`itpn info CONFIG [--field value …]` or `itpn info FILE`: parameters by part, and multiply-adds.
+
+A teacher is built without its weights, so nothing is downloaded.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -9,16 +12,19 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from itpn.commands.arguments import parse
 from itpn.commands.config import read_config
 from itpn.errors import UserError, printable
 from itpn.evaluate.count import count_parameters, multiply_adds
+from itpn.heads.classify import Classifier
 from itpn.nn.hivit import HiViT
 from itpn.nn.pyramid import ModelConfig
 from itpn.objectives.distill import DistillObjective
 from itpn.objectives.pixel import PixelObjective
+from itpn.objectives.teacher import CLIP, Teacher, outline
 from itpn.weights import files
 from itpn.weights.convert import Foreign, read_foreign
-from itpn.weights.families import FAMILIES
+from itpn.weights.families import FAMILIES, Given
 from itpn.weights.files import Weights
 from itpn.weights.translate import Translated, translate
 
@@ -27,12 +33,12 @@ COUNTED = "matrix products, convolutions and 5 x LayerNorm elements"
 
 def run(arguments: list[str]) -> None:
     if arguments and is_weights(Path(arguments[0])):
-        if arguments[1:]:
-            raise UserError(f"itpn info {arguments[0]} takes nothing more; there is {arguments[1]}")
-        return info_of_file(Path(arguments[0]))
+        given = parse(Given, arguments[1:], f"itpn info {arguments[0]}")
+        return info_of_file(Path(arguments[0]), given)
     recipe = read_config("itpn info", arguments)
     with torch.device("meta"):
         objective = files.build_objective(recipe.model, recipe.objective)
+    teacher = teacher_of(objective)
     table = Table("part", title=recipe.name, title_justify="left")
     table.add_column("parameters", justify="right")
     table.add_column("trainable", justify="right")
@@ -42,26 +48,73 @@ def run(arguments: list[str]) -> None:
     total = count_parameters(objective)
     table.add_section()
     table.add_row("total", f"{total.total:,}", f"{total.trainable:,}")
+    if teacher is not None:
+        table.add_row("teacher, frozen", f"{count_parameters(teacher).total:,}", "0")
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     console.print(f"{total.total / 1e6:.2f} M parameters, {total.trainable / 1e6:.2f} M of them trained.")
+    if teacher is not None:
+        console.print("\n".join(taught_by(teacher, total.total)))
     console.print(work(objective.model.backbone))
 
 
+def teacher_of(objective: PixelObjective | DistillObjective) -> Teacher | None:
+    """The teacher beside an objective, on the meta device; None if there is none, or only as a file.
+
+    Raises:
+        UserError: it does not fit the objective, as training would find.
+    """
+    if not isinstance(objective, DistillObjective):
+        return None
+    teacher = outline(objective.config, objective.model.backbone.config.grid)
+    if teacher is not None:
+        objective.attach(teacher)
+    return teacher
+
+
+def taught_by(teacher: Teacher, student: int) -> Iterator[str]:
+    """What a teacher sees and gives and, of CLIP B/16, what mmpretrain counts beside a student of so many."""
+    (rows, cols), size, name = teacher.grid, teacher.image_size, teacher.config.teacher
+    yield (
+        f"Taught by {name}: {rows} x {cols} tokens of {size} x {size} pixels, targets {teacher.width} wide; "
+        "it is not saved."
+    )
+    if name == CLIP:
+        text = clip_text_tower()
+        whole = student + count_parameters(teacher).total + text
+        yield (
+            f"As mmpretrain counts, with the teacher and CLIP's text tower: {whole / 1e6:.1f} M ({whole:,}). "
+            f"The text tower, {text / 1e6:.1f} M ({text:,}) of them, is never loaded here."
+        )
+
+
+def clip_text_tower(
+    *, vocabulary: int = 49_408, context: int = 77, width: int = 512, num_blocks: int = 12
+) -> int:
+    """Parameters of CLIP's text tower with its projection and the temperature; by default that of B/16."""
+    attention, mlp, norm = 4 * (width + 1) * width, (2 * 4 * width + 4 + 1) * width, 2 * width
+    blocks = num_blocks * (attention + mlp + 2 * norm)
+    return (vocabulary + context) * width + blocks + norm + width * width + 1
+
+
 def is_weights(path: Path) -> bool:
-    """Whether an argument is a file of weights, or a run directory, and no config."""
-    return (path.is_file() and path.suffix != ".py") or (path / "checkpoints").is_dir()
+    """Whether an argument is a file of weights, a run directory or a folder of `save_pretrained`."""
+    if path.suffix in (".safetensors", *files.FOREIGN):
+        return True
+    folder = (path / "checkpoints").is_dir() or (path / "model.safetensors").is_file()
+    return folder or (path.is_file() and path.suffix != ".py")
 
 
-def info_of_file(path: Path) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    weights = files.read_if_ours(path)
+def info_of_file(path: Path, given: Given) -> None:
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    weights = files.read(path) if path.is_dir() else files.read_if_ours(path)
     if weights is not None:
+        files.check(weights)
         lines = [f"{printable(weights.path)}: a file of ours", *origin(weights)]
     else:
         foreign = read_foreign(path)
         try:
-            translated = translate(foreign.tensors, wrapping=foreign.wrapping)
+            translated = translate(foreign.tensors, wrapping=foreign.wrapping, given=given)
         except UserError as error:
             raise UserError(f"{printable(path)}: {error}") from error
         weights = Weights(path, translated.tensors, translated.config)
@@ -75,7 +128,8 @@ def origin(weights: Weights) -> Iterator[str]:
     """What a converted file was made from."""
     if weights.source is not None:
         source = weights.source
-        yield f"converted from {printable(source['file'])} ({source['family']}), sha256 {source['sha256']}"
+        family, sha256 = printable(source["family"]), printable(source["sha256"])
+        yield f"converted from {printable(source['file'])} ({family}), sha256 {sha256}"
         for name, reason in source["left_out"].items():
             yield f"left out: {printable(name)}: {printable(reason)}"
 
@@ -89,7 +143,7 @@ def findings(foreign: Foreign, translated: Translated) -> Iterator[str]:
     for name, reason in (foreign.left_out | translated.left_out).items():
         yield f"left out: {printable(name)}: {printable(reason)}"
     if foreign.placeholders:
-        yield f"skipped over, never imported: {', '.join(foreign.placeholders)}"
+        yield f"objects of {', '.join(foreign.placeholders)}: not needed, and not imported"
     for name, count in foreign.nonfinite.items():
         yield f"warning: {printable(name)} has {count:,} values that are NaN or infinite"
 
@@ -105,7 +159,7 @@ def contents(weights: Weights) -> Table:
     table.add_column("tensors", justify="right")
     table.add_column("parameters", justify="right")
     for part in tensors:
-        table.add_row(part, str(tensors[part]), f"{values[part]:,}")
+        table.add_row(printable(part), str(tensors[part]), f"{values[part]:,}")
     table.add_section()
     table.add_row("total", str(tensors.total()), f"{values.total():,}")
     return table
@@ -115,9 +169,8 @@ def described(weights: Weights) -> Iterator[str]:
     """The numbers that a file's config gives, in a few lines."""
     model = weights.part("model", ModelConfig)
     config, (width, depths, heads, layers) = model.backbone, model.backbone.shape
-    published = (config.width, config.depths, config.num_heads, config.layers) == (None,) * 4
     yield (
-        f"backbone {config.size if published else 'of its own size'}: {width} wide, blocks "
+        f"backbone {config.label}: {width} wide, blocks "
         f"{' + '.join(map(str, depths))}, {heads} heads, {layers} layers, units of {config.patch_size} "
         f"pixels, positions for {config.image_size} pixels"
     )
@@ -129,9 +182,17 @@ def described(weights: Weights) -> Iterator[str]:
     )
     if model.pyramid:
         yield f"pyramid: {model.pyramid.width} wide, blocks per step: {model.pyramid.depth}"
-    if "classifier" in weights.config:
-        head = weights.config["classifier"]
-        yield f"classifier: {head['num_classes']} classes, pooling {head['pooling']}"
+    with torch.device("meta"):
+        module = files.module_of(weights)
+    match module:
+        case Classifier():
+            yield f"classifier: {module.config.num_classes} classes, pooling {module.config.pooling}"
+        case PixelObjective():
+            decoder = module.config.decoder
+            yield f"pixel decoder: {decoder.width} wide, {decoder.depth} blocks"
+        case DistillObjective():
+            predictors = "two heads" if module.auxiliary else "one head"
+            yield f"distillation: {predictors} for a teacher's tokens of {module.config.target_width} channels"
     with torch.device("meta"):
         yield work(HiViT(config))
 

@@ -19,8 +19,8 @@ class ClassifierConfig:
     token and then the mean (Fast-iTPN's other form), or the mean alone (mmpretrain's HiViT)."""
 
     def __post_init__(self) -> None:
-        if self.num_classes < 1:
-            raise UserError(f"classifier.num_classes: {self.num_classes} must be at least 1")
+        if not 1 <= self.num_classes <= 1_000_000:
+            raise UserError(f"classifier.num_classes: {self.num_classes} lies outside 1..1,000,000")
 
 
 class Classifier(nn.Module):

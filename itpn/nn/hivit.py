@@ -47,6 +47,10 @@ SIZES = {
 }
 
 
+LARGEST = 1 << 15
+"""Of widths, depths and sizes in pixels: beyond it a config is a mistake, or meant to do harm."""
+
+
 class Features(NamedTuple):
     """Stage outputs: ``c4 [B, N, 4, 4, C/4]``, ``c8 [B, N, 2, 2, C/2]``, ``c16 [B, N, C]``."""
 
@@ -128,6 +132,16 @@ class HiViTConfig:
             raise UserError(
                 "model.backbone: width, num_heads, in_channels and every depth must be at least 1"
             )
+        if (
+            max(self.shape.width, *self.shape.depths, self.in_channels, self.image_size, self.patch_size)
+            > LARGEST
+        ):
+            raise UserError(f"model.backbone: a number is above {LARGEST:,}; no such model is meant")
+        if not 0 < self.norm_eps < 1:
+            raise UserError(f"model.backbone.norm_eps: {self.norm_eps} lies outside (0, 1)")
+        for name in ("early_mlp_ratio", "stage3_mlp_ratio"):
+            if not 0 < getattr(self, name) <= 64:
+                raise UserError(f"model.backbone.{name}: {getattr(self, name)} lies outside (0, 64]")
         if not 0 <= self.drop_path < 1:
             raise UserError(f"model.backbone.drop_path: {self.drop_path} lies outside [0, 1)")
         if self.shape.width % (4 * self.shape.num_heads):
@@ -141,6 +155,12 @@ class HiViTConfig:
         size = SIZES[self.size]
         given = (self.width, self.depths, self.num_heads, self.layers)
         return Shape(*(row if own is None else own for own, row in zip(given, size, strict=True)))  # type: ignore[arg-type]
+
+    @property
+    def label(self) -> str:
+        """The size's name, or what to call a model of no published size."""
+        published = self.shape == SIZES[self.size]
+        return self.size if published else f"own size ({self.shape.width} wide)"
 
     @property
     def grid(self) -> Grid:

@@ -120,7 +120,7 @@ def _resample(table: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     with _without_autocast(table.device):
         x = rows.to(table.device) @ table.float().reshape(rows.shape[1], -1)
         x = cols.to(table.device) @ x.reshape(rows.shape[0], cols.shape[1], -1)
-        return x.flatten(0, 1)
+        return x.flatten(0, 1).to(table.dtype)
 
 
 def resample_table(table: Tensor, old: Grid, new: Grid, offset: float = 0.0) -> Tensor:
@@ -165,7 +165,7 @@ def resample_axis(table: Tensor, new: int) -> Tensor:
     if table.shape[0] == 2 * new - 1:
         return table
     with _without_autocast(table.device):
-        return _by_size_linear(table.shape[0], 2 * new - 1).to(table.device) @ table.float()
+        return (_by_size_linear(table.shape[0], 2 * new - 1).to(table.device) @ table.float()).to(table.dtype)
 
 
 @_cached

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from itpn.errors import UserError
-from itpn.nn.hivit import Features, HiViT, HiViTConfig, Layers
+from itpn.nn.hivit import LARGEST, Features, HiViT, HiViTConfig, Layers
 from itpn.nn.layers import LocalBlock, Split, init_linears, to_map
 from itpn.nn.positions import Grid
 
@@ -38,8 +38,10 @@ class PyramidConfig:
     """Start of the linear layers: N(0, 0.02), or Xavier-uniform (the mmpretrain models)."""
 
     def __post_init__(self) -> None:
-        if self.width < 1 or self.depth < 0:
-            raise UserError("model.pyramid: width must be at least 1 and depth at least 0")
+        if not 1 <= self.width <= LARGEST or not 0 <= self.depth <= LARGEST:
+            raise UserError("model.pyramid: width must be at least 1 and depth at least 0, both of sane size")
+        if not 0 < self.norm_eps < 1 or not 0 < self.mlp_ratio <= 64:
+            raise UserError("model.pyramid: norm_eps must lie in (0, 1) and mlp_ratio in (0, 64]")
 
 
 class Pyramid(nn.Module):

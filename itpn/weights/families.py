@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import isqrt
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -30,23 +30,50 @@ class Family:
 
     title: str
     style: Style = "official"
+    kinds: tuple[Kind, ...]
+    """What its files may hold beside backbone and pyramid."""
     norm_eps: float = 1e-6
     embed_norm_eps: float = 1e-6
     relative_resampling: RelativeMethod = "fraction"
+    mean: tuple[float, ...] = PixelConfig.mean
+    std: tuple[float, ...] = PixelConfig.std
+    positions: Literal["hidden", "all"] = "hidden"
+    """Units that distillation supervised."""
 
 
 FAMILIES = {
-    "official-pixel": Family(title="the authors' iTPN, pixels"),
-    "official-clip": Family(title="the authors' iTPN, CLIP"),
-    "official-fast": Family(title="the authors' Fast-iTPN", style="fast"),
-    "official-detection": Family(title="the authors' detection backbone", norm_eps=1e-5),
+    "official-pixel": Family(title="the authors' iTPN, pixels", kinds=("pixel", "mean-norm", "backbone")),
+    "official-clip": Family(
+        title="the authors' iTPN, CLIP",
+        kinds=("distill", "mean-norm", "backbone"),
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        positions="all",
+    ),
+    "official-fast": Family(
+        title="the authors' Fast-iTPN",
+        style="fast",
+        kinds=("distill", "mean-norm", "norm-mean", "backbone"),
+    ),
+    "official-detection": Family(title="the authors' detection backbone", kinds=("backbone",), norm_eps=1e-5),
     "official-segmentation": Family(
-        title="the authors' segmentation backbone", norm_eps=1e-5, relative_resampling="size"
+        title="the authors' segmentation backbone",
+        kinds=("backbone",),
+        norm_eps=1e-5,
+        relative_resampling="size",
     ),
     "mmpretrain-itpn": Family(
-        title="mmpretrain's iTPN or MAE-HiViT", style="mmpretrain", embed_norm_eps=1e-5
+        title="mmpretrain's iTPN or MAE-HiViT",
+        style="mmpretrain",
+        kinds=("pixel", "distill", "backbone"),
+        embed_norm_eps=1e-5,
     ),
-    "mmpretrain-hivit": Family(title="mmpretrain's HiViT classifier", style="mmpretrain", norm_eps=1e-5),
+    "mmpretrain-hivit": Family(
+        title="mmpretrain's HiViT classifier",
+        style="mmpretrain",
+        kinds=("mean", "backbone"),
+        norm_eps=1e-5,
+    ),
 }
 
 
@@ -78,7 +105,8 @@ def family_of(state: Mapping[str, Tensor], wrapping: Iterable[str] = ()) -> str:
             f"none of the known families: no patch_embed.proj.weight with blocks and merges (has {first} …)"
         )
     if "backbone.patch_embed.proj.weight" in state:
-        return "mmpretrain-hivit" if "head.fc.weight" in state else "mmpretrain-itpn"
+        with_neck = any(key.startswith("neck.") for key in state)
+        return "mmpretrain-itpn" if with_neck else "mmpretrain-hivit"
     if "pos_embed" in state:
         return "official-fast"
     if "detector" in wrapping or any(key.endswith(".rel_pos_h") for key in state):
@@ -121,7 +149,8 @@ def config_of(
     Raises:
         UserError: the shapes contradict one another, or do not tell the number of heads.
     """
-    family = replace(family, norm_eps=given.norm_eps or family.norm_eps)
+    if given.norm_eps is not None:
+        family = replace(family, norm_eps=given.norm_eps)
     model = ModelConfig(
         backbone=_backbone(tensors, family, kind, patch, given), pyramid=_pyramid(tensors, family)
     )
@@ -153,7 +182,7 @@ def _backbone(
     image_size = patch_size * _side(len(_need(tensors, "backbone.position")), "the position table")
     relative_size = patch_size * (relative + 1) // 2 if relative else image_size
     layers = "fast" if family.style == "fast" else "hivit"
-    heads = given.num_heads or _num_heads(width, table, rows)
+    heads = _num_heads(width, table, rows) if given.num_heads is None else given.num_heads
     shape = Shape(width, depths, heads, layers)  # type: ignore[arg-type]
     size = next((name for name, row in SIZES.items() if row == shape), None)
     numbers = {"size": size} if size else dict(shape._asdict())
@@ -193,7 +222,7 @@ def _pixel(tensors: Mapping[str, Tensor], family: Family, given: Given) -> Pixel
     decoder = DecoderConfig(
         width=width,
         depth=_count(tensors, "decoder.blocks"),
-        num_heads=given.decoder_heads or max(1, 2 * width // HEAD_WIDTH),
+        num_heads=max(1, 2 * width // HEAD_WIDTH) if given.decoder_heads is None else given.decoder_heads,
         mlp_ratio=_ratio(tensors, "decoder.blocks.0.mlp.fc1.weight"),
         embed_norm_eps=family.embed_norm_eps,
     )
@@ -207,6 +236,9 @@ def _distill(tensors: Mapping[str, Tensor], family: Family) -> DistillConfig:
         mask_token="after-stem" if fast else "after-local",
         fuse="units" if fast else "cells",
         auxiliary="auxiliary.head.weight" in tensors,
+        positions=family.positions,
+        mean=family.mean,
+        std=family.std,
         embed_norm_eps=family.embed_norm_eps,
     )
 

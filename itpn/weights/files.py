@@ -6,7 +6,8 @@ objective's. Fixed tables of decoders stay out: they follow from the config.
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from itpn.engine import checkpoint
-from itpn.errors import UserError
+from itpn.errors import UserError, printable
 from itpn.heads.classify import Classifier, ClassifierConfig
 from itpn.nn.hivit import HiViT, HiViTConfig
 from itpn.nn.positions import resample_axis, resample_relative, resample_table
@@ -28,6 +29,13 @@ from itpn.objectives.pixel import PixelConfig, PixelObjective
 
 T = TypeVar("T")
 NOWHERE = Path("(in memory)")
+FOREIGN = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".tar")
+SHAPING = (
+    "size", "width", "depths", "num_heads", "layers", "image_size", "patch_size", "in_channels",
+    "early_mlp_ratio", "mlp_ratio", "relative_position_bias", "relative_position_decomposed",
+    "relative_image_size", "layer_scale", "depth",
+)  # fmt: skip
+"""Fields of the configs that shapes of tensors follow from."""
 MODEL_PARTS = ("backbone.", "pyramid.")
 NANO = Path(__file__).parents[1] / "data" / "nano.safetensors"
 """A nano model pre-trained on the bundled sample, with its decoder (its card is nano.md beside it)."""
@@ -64,7 +72,7 @@ class Weights:
     def part(self, name: str, kind: type[T]) -> T:
         """A part of the config as its dataclass, e.g. ``part("model", ModelConfig)``."""
         if name not in self.config:
-            raise UserError(f"{self.path}: its config has no {name!r}; it was not written by itpn")
+            raise UserError(f"{self.path}: its config has no {name!r}, so it holds none")
         return structured(self.config[name], kind, f"{self.path}: its {name}")
 
     def recipe(self, kind: type[T]) -> T:
@@ -82,7 +90,11 @@ def structured(values: Any, kind: type[T], what: str = "it") -> T:
         return _converter.structure(values, kind)
     except BaseValidationError as error:
         reasons = "; ".join(cattrs.transform_error(error))
-        raise UserError(f"{what} does not fit this version: {reasons}") from error
+        raise UserError(f"{what} does not fit this version: {printable(reasons)[:500]}") from error
+    except (TypeError, AttributeError, ValueError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{what} is no config of ours ({printable(error)[:200]})") from error
 
 
 def portable(objective: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
@@ -122,11 +134,20 @@ def read(path: Path) -> Weights:
         UserError: there is no such file, or it is none of ours.
     """
     file_path = _newest(path) if path.is_dir() else path
+    if file_path.is_file() and file_path.suffix in FOREIGN:
+        raise UserError(
+            f"{file_path} is a checkpoint of another library; convert it first: itpn convert {file_path} "
+            f"{file_path.with_suffix('.safetensors').name}"
+        )
     try:
         with safe_open(file_path, framework="pt") as file:
             names = list(file.keys())
             tensors = {name.removeprefix("model."): file.get_tensor(name) for name in names}
             metadata = file.metadata() or {}
+            if len(tensors) < len(names):
+                raise UserError(
+                    f"{file_path} has tensors twice, with and without model. in front of the name"
+                )
     except FileNotFoundError as error:
         raise UserError(
             f"there is no file {path}; name a .safetensors file of weights, or a run directory"
@@ -134,9 +155,31 @@ def read(path: Path) -> Weights:
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read {file_path} as safetensors ({error})") from error
     if "config" not in metadata:
-        raise UserError(f"{file_path} carries no config of ours in its metadata; it was not written by itpn")
-    config, source = (json.loads(metadata.get(key, "null")) for key in ("config", "source"))
+        raise UserError(
+            f"{file_path} carries no config of ours in its metadata; if it is a released checkpoint, convert "
+            "it first: itpn convert"
+        )
+    try:
+        config, source = (json.loads(metadata.get(key, "null")) for key in ("config", "source"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file_path}: its metadata is damaged ({error})") from error
+    if not isinstance(config, dict) or not (source is None or _is_source(source)):
+        raise UserError(f"{file_path}: its metadata is no config of ours")
+    if odd := next((name for name, tensor in tensors.items() if not is_real(tensor)), None):
+        raise UserError(f"{file_path}: {printable(odd)} holds {tensors[odd].dtype}, no weights")
     return Weights(file_path, tensors, config, source)
+
+
+def is_real(tensor: Tensor) -> bool:
+    """Whether a tensor holds real numbers of 16 bits or more."""
+    return tensor.is_floating_point() and tensor.itemsize > 1
+
+
+def _is_source(source: Any) -> bool:
+    if not isinstance(source, dict) or not isinstance(source.get("left_out"), dict):
+        return False
+    texts = [source.get(key) for key in ("file", "sha256", "family")]
+    return all(isinstance(text, str) for text in [*texts, *source["left_out"].values()])
 
 
 def read_if_ours(path: Path) -> Weights | None:
@@ -152,10 +195,10 @@ def module_of(weights: Weights) -> nn.Module:
     what pre-training or a classifier adds to them. Its state has the file's names, some with `model.` in
     front."""
     model = weights.part("model", ModelConfig)
-    if weights.parts <= {"backbone", "pyramid"}:
-        return Model(model)
     if "classifier" in weights.config:
         return Classifier(HiViT(model.backbone), weights.part("classifier", ClassifierConfig))
+    if weights.parts <= {"backbone", "pyramid"}:
+        return Model(model)
     return build_objective(model, weights.part("objective", _kind_of(weights.config.get("objective"))))
 
 
@@ -190,6 +233,18 @@ def misfits(weights: Weights, module: nn.Module | None = None) -> list[str]:
     ]
 
 
+def check(weights: Weights) -> None:
+    """That a file's tensors are those of its own config.
+
+    Raises:
+        UserError: they are not.
+    """
+    if wrong := misfits(weights):
+        raise UserError(
+            f"{weights.path}: {len(wrong)} tensors are not those of its config ({'; '.join(wrong[:3])})"
+        )
+
+
 def _newest(run: Path) -> Path:
     if (run / "model.safetensors").is_file():
         return run / "model.safetensors"
@@ -198,7 +253,10 @@ def _newest(run: Path) -> Path:
         raise UserError(
             f"{run} is no run directory with a checkpoint; name a run directory or a .safetensors file"
         )
-    return run / "checkpoints" / last.read_text().strip() / "model.safetensors"
+    name = last.read_bytes().strip()
+    if not re.fullmatch(rb"[0-9]{1,20}", name):
+        raise UserError(f"{last} names no checkpoint; give one of those beside it by its model.safetensors")
+    return run / "checkpoints" / name.decode() / "model.safetensors"
 
 
 def load_into(objective: PixelObjective | DistillObjective, weights: Weights) -> str:
@@ -226,11 +284,15 @@ def load_into(objective: PixelObjective | DistillObjective, weights: Weights) ->
         and not name.endswith("decoder.position")
         and _shape(weights.tensors.get(name)) != _shape(state.get(own.get(name, "")))
     ]
+    if wrong and "pyramid" not in weights.parts and objective.model.pyramid is not None:
+        raise UserError(f"--init {weights.path}: it holds no pyramid, and this model has one to load")
+    there = weights.part("model", ModelConfig)
     if wrong:
         raise UserError(
-            f"--init {weights.path}: {len(wrong)} tensors do not fit ({'; '.join(wrong[:3])}); "
-            "give the model the file's size and parts with --model.backbone.* and --model.pyramid.*"
+            f"--init {weights.path}: {len(wrong)} tensors do not fit ({'; '.join(wrong[:3])}); the file's "
+            f"model has {' '.join(_flags(there, objective.model.config, SHAPING)) or 'other parts'}"
         )
+    remarks = _unlike(there, objective.model.config, weights.path)
     tensors = {
         name: value for name, value in weights.tensors.items() if not name.endswith("decoder.position")
     }
@@ -244,18 +306,60 @@ def load_into(objective: PixelObjective | DistillObjective, weights: Weights) ->
         }
     objective.load_state_dict(state)
     fresh = [part for part in parts if part not in taken]
-    return f"loaded {', '.join(taken)} from {weights.path}" + (
-        f"; {', '.join(fresh)} start anew" if fresh else ""
-    )
+    anew = f"; {', '.join(fresh)} start anew" if fresh else ""
+    return f"loaded {', '.join(taken)} from {weights.path}{anew}{remarks}"
+
+
+def _unlike(there: ModelConfig, here: ModelConfig, path: Path) -> str:
+    """What no tensor's shape tells: an error for heads, a remark for epsilons and ways of resampling.
+
+    Raises:
+        UserError: the models have another number of attention heads.
+    """
+    heads = there.backbone.shape.num_heads
+    if heads != here.backbone.shape.num_heads:
+        raise UserError(
+            f"--init {path}: it has {heads} attention heads, the model {here.backbone.shape.num_heads}; "
+            f"give --model.backbone.num-heads {heads}"
+        )
+    flags = _flags(there, here, ("norm_eps", "position_resampling", "relative_resampling"))
+    return f"; these weights saw {' '.join(flags)}, which this run does not have" if flags else ""
+
+
+def _flags(there: ModelConfig, here: ModelConfig, names: Collection[str]) -> list[str]:
+    """Arguments that make one model's config another's, of the fields named."""
+    flags = []
+    for part, theirs, ours in (
+        ("backbone", there.backbone, here.backbone),
+        ("pyramid", there.pyramid, here.pyramid),
+    ):
+        for name in names:
+            value = getattr(theirs, name, None)
+            if ours is None or value == getattr(ours, name, None):
+                continue
+            flag = f"--model.{part}.{name.replace('_', '-')}"
+            if isinstance(value, bool):
+                flags.append(flag if value else flag.replace(f"{part}.", f"{part}.no-"))
+            else:
+                text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                flags.append(f"{flag} {text}")
+    return flags
 
 
 def resampled(weights: Weights, backbone: HiViTConfig) -> Weights:
     """The same weights with their position tables resampled to another image size, as the model does."""
     there = weights.part("model", ModelConfig).backbone
-    old, new = there.relative_grid, backbone.relative_grid
     offset = 0.1 if backbone.position_resampling == "published" else 0.0
     tensors = dict(weights.tensors)
+    positions = tensors.get("backbone.position")
+    if positions is not None and len(positions) != there.num_units:
+        raise UserError(
+            f"{weights.path}: its position table is not for the {there.image_size} pixels it says"
+        )
     for name, table in weights.tensors.items():
+        old, new = there.relative_grid, backbone.relative_grid
+        if name.startswith("auxiliary."):  # its blocks have tables even where the backbone's have none
+            old, new = old or there.grid, new or backbone.grid
         if name.endswith(".relative_position") and old and new:
             tensors[name] = resample_relative(table, old, new, backbone.relative_resampling)
         elif name.endswith(".relative_position_rows") and new:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from itpn.errors import UserError
 from itpn.nn.positions import Grid, relative_index
 
 Kind = Literal["pixel", "distill", "mean-norm", "norm-mean", "mean", "backbone"]
@@ -114,29 +115,35 @@ MMPRETRAIN = {  # theirs to the authors'
     "head.cls_head.*": "lm_head.*",
     "head.fc.*": "head.*",
 }
+BLOCK = re.compile(r"^blocks\.(0|[1-9][0-9]{0,3})(?=\.)")
 COMPUTED = "relative_position_index"
 """The end of the names of buffers that follow from the grid."""
 
 
 def to_ours(state: Mapping[str, Tensor], style: Style, kind: Kind) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors under our names and in our shapes, and the keys that no rule knows."""
+    """Tensors under our names and in our shapes, and the keys that no rule knows.
+
+    Raises:
+        UserError: two keys have the same name here.
+    """
     state = {key: value for key, value in state.items() if not key.endswith(COMPUTED)}
     state = _fuse(state) if style == "fast" else state
     official = {key: _rename(key, _mmpretrain(kind)) if style == "mmpretrain" else key for key in state}
     places, table = _places(official.values()), _table(style, kind)
     ours, unknown = {}, []
     for key, value in state.items():
-        placed = re.sub(r"^blocks\.(\d+)", lambda found: places.get(int(found[1]), "?"), official[key] or "")
+        placed = BLOCK.sub(lambda found: places.get(int(found[1]), "?"), official[key] or "")
         name = _rename(placed, table)
-        if name is not None:
-            name = re.sub(r"^(early|merge|late)\.", "backbone.", name)
-            ours[name] = _our_shape(name, value)
-        else:
+        if name is None:
             unknown.append(key)
+            continue
+        name = re.sub(r"^(early|merge|late)\.", "backbone.", name)
+        if name in ours:
+            raise UserError(f"{key} and another key both become {name}; leave one out with --leave-out")
+        ours[name] = _our_shape(name, value)
     if style == "mmpretrain" and "embed.weight" in ours and "decoder.position" in ours:
-        ours["decoder.position"] = ours["decoder.position"][
-            1:
-        ]  # MAE's decoder keeps an unused class position
+        # MAE's decoder keeps the position of a class token that it does not have.
+        ours["decoder.position"] = ours["decoder.position"][1:]
     return ours, unknown
 
 
@@ -149,7 +156,7 @@ def to_theirs(
         relative_grid: what relative-position tables are made for, or None where there are none.
 
     Raises:
-        KeyError: a name that their models have no place for.
+        UserError: a name that their models have no place for.
     """
     table = _merged([{ours: theirs} for theirs, ours in _table(style, kind).items()])
     blocks = {place: i for i, place in enumerate(_order(tensors))}
@@ -159,7 +166,7 @@ def to_theirs(
         area = {"stage1": "early", "stage2": "early", "stage3": "late"}.get(place[:6], "merge")
         key = _rename(f"{area}.{name.removeprefix('backbone.')}" if place else name, table)
         if key is None:
-            raise KeyError(name)
+            raise UserError(f"their models have no place for {name}")
         if place:
             key = key.replace(f"{area}.{place}", f"blocks.{blocks[place]}")
         official[key] = _their_shape(name, value, style == "fast", in_channels)
@@ -215,11 +222,13 @@ def _rename(key: str, names: Mapping[str, str]) -> str | None:
 
 def _places(keys: Iterable[str | None]) -> dict[int, str]:
     """Where ``blocks.i`` goes: their one list holds all three stages and the two merges between them."""
-    found = [re.match(r"blocks\.(\d+)\.(reduction\.weight)?", key or "") for key in keys]
-    numbers = {int(match[1]) for match in found if match}
-    merges = sorted({int(match[1]) for match in found if match and match[2]})
+    known = {key or "" for key in keys}
+    numbers = {int(match[1]) for key in known if (match := BLOCK.match(key))}
+    merges = sorted(i for i in numbers if f"blocks.{i}.reduction.weight" in known)
     if len(merges) != 2:
-        return {}
+        raise UserError(f"{len(merges)} of its blocks are merges (reduction.weight); these models have 2")
+    if missing := set(range(max(numbers))) - numbers:
+        raise UserError(f"blocks.{min(missing)} is missing: they go up to blocks.{max(numbers)}")
     merge1, merge2 = merges
     places = {i: f"early.stage1.{i}" for i in numbers if i < merge1}
     places |= {i: f"early.stage2.{i - merge1 - 1}" for i in numbers if merge1 < i < merge2}
@@ -248,8 +257,14 @@ def _fuse(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     fused = dict(state)
     for key in state:
         names = [key.replace("q_proj", f"{letter}_proj") for letter in "qkv"]
-        if key.endswith(".attn.q_proj.weight") and all(name in state for name in names):
-            fused[key.replace("q_proj", "qkv")] = torch.cat([fused.pop(name) for name in names])
+        if not key.endswith(".attn.q_proj.weight") or not all(name in state for name in names):
+            continue
+        target = key.replace("q_proj", "qkv")
+        if target in state:
+            raise UserError(f"{key} and {target} are the same here; leave one out with --leave-out")
+        if len({state[name].shape for name in names}) > 1 or not state[key].ndim:
+            raise UserError(f"{key}, k_proj and v_proj have different shapes")
+        fused[target] = torch.cat([fused.pop(name) for name in names])
     return fused
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from itpn.errors import UserError
+from itpn.errors import UserError, printable
 from itpn.nn.pyramid import ModelConfig
 from itpn.weights import files, names
 from itpn.weights.families import FAMILIES, Given, config_of, family_of, kind_of
@@ -21,7 +21,18 @@ NOT_OURS = {
     "teacher.": "the teacher; distillation loads one from its own file",
 }
 """Beginnings of keys that belong to no model of ours, and why they stay out."""
+CONCATENATING = ["norm.*", "decoder_*", "mask_token"]
+KINDS: dict[Kind, str] = {
+    "pixel": "pixel decoder",
+    "distill": "heads for a teacher's features",
+    "mean-norm": "classifier with a norm after its mean",
+    "norm-mean": "classifier with a norm before its mean",
+    "mean": "classifier without a norm",
+    "backbone": "backbone alone",
+}
 MOST_NAMED = 5
+MAX_KEYS = 20_000
+MAX_LENGTH = 300
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,14 @@ def translate(
     Raises:
         UserError: it is of no known family, has keys that no rule knows, or does not make a whole model.
     """
+    _check(state)
+    leave_out = list(leave_out)
     left_out = dict(_left_out(state, leave_out))
+    if _concatenates(state):
+        left_out |= dict.fromkeys(
+            CONCATENATING, "HiViT's own MAE decoder, which reads all stages side by side"
+        )
+        leave_out += CONCATENATING
     state = {key: value for key, value in state.items() if not _is_out(key, leave_out)}
     family = family or family_of(state, wrapping)
     if family not in FAMILIES:
@@ -90,12 +108,10 @@ def write_back(weights: Weights, family: str) -> dict[str, Tensor]:
     style, backbone = FAMILIES[family].style, weights.part("model", ModelConfig).backbone
     if (backbone.shape.layers == "fast") != (style == "fast"):
         raise UserError(f"{weights.path} has {backbone.shape.layers} layers, which {family} does not have")
-    try:
-        return names.to_theirs(
-            weights.tensors, style, _kind(weights), backbone.in_channels, backbone.relative_grid
-        )
-    except KeyError as error:
-        raise UserError(f"{weights.path}: {family} has no place for {error}") from error
+    kind = _kind(weights)
+    if kind not in FAMILIES[family].kinds:
+        raise UserError(f"{weights.path}: files of {family} hold no {KINDS[kind]}")
+    return names.to_theirs(weights.tensors, style, kind, backbone.in_channels, backbone.relative_grid)
 
 
 def summary(keys: Iterable[str]) -> str:
@@ -114,6 +130,25 @@ def _kind(weights: Weights) -> Kind:
     return "pixel" if "mask_ratio" in weights.config["objective"] else "distill"
 
 
+def _check(state: Mapping[str, Tensor]) -> None:
+    """Nothing that no model has: it would only take time or memory, or be loaded as something else."""
+    if len(state) > MAX_KEYS:
+        raise UserError(f"it has {len(state):,} tensors; no model here has as many as {MAX_KEYS:,}")
+    for key, value in state.items():
+        if len(key) > MAX_LENGTH or not key.isprintable():
+            raise UserError(f"a key of {len(key):,} characters, {printable(key)[:60]} …: no parameter's name")
+        if not key.endswith(names.COMPUTED) and not files.is_real(value):
+            raise UserError(f"{key} holds {value.dtype}; weights are real numbers of 16 bits or more")
+
+
+def _concatenates(state: Mapping[str, Tensor]) -> bool:
+    """HiViT's own MAE decodes c4, c8 and c16 side by side: seven times the width of stage 3."""
+    embed, positions = state.get("decoder_embed.weight"), state.get("absolute_pos_embed")
+    if embed is None or positions is None or embed.ndim != 2:
+        return False
+    return embed.shape[1] == 7 * positions.shape[-1]
+
+
 def _is_out(key: str, leave_out: Iterable[str]) -> bool:
     return key.startswith(tuple(NOT_OURS)) or any(fnmatch(key, pattern) for pattern in leave_out)
 
@@ -123,8 +158,10 @@ def _left_out(state: Mapping[str, Tensor], leave_out: Iterable[str]) -> Iterable
         if keys := [key for key in state if key.startswith(beginning)]:
             yield f"{beginning}* ({len(keys)})", reason
     for pattern in leave_out:
-        if keys := [key for key in state if fnmatch(key, pattern)]:
-            yield f"{pattern} ({len(keys)})", "as asked"
+        keys = [key for key in state if fnmatch(key, pattern)]
+        if not keys:
+            raise UserError(f"--leave-out {pattern}: no key is like that")
+        yield f"{pattern} ({len(keys)})", "as asked"
 
 
 def _patch(state: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -117,8 +117,11 @@ def _without_prefixes(
             kept = _only(tensors, "backbone.", f"{kind} head: the backbone alone is read", left_out)
             return kept, [*wrapping, "backbone.", kind]
     # mmpretrain's files stay as they are: its names are told by their parts, backbone, neck and head.
-    if _all_start(tensors, "backbone.") and "backbone.absolute_pos_embed" in tensors:
-        return _only(tensors, "backbone.", "", left_out), [*wrapping, "backbone."]
+    # Trackers have the authors' names after the prefix, or Fast-iTPN's, with three projections in attention.
+    theirs = "backbone.absolute_pos_embed" in tensors
+    if theirs or any(n.startswith("backbone.") and n.endswith(".attn.q_proj.weight") for n in tensors):
+        kept = _only(tensors, "backbone.", "no part of the backbone", left_out)
+        return kept, [*wrapping, "backbone."]
     return tensors, wrapping
 
 

@@ -145,3 +145,15 @@ def test_maps_for_detectors_and_segmentors(grid):
     torch.testing.assert_close(stages[2], torch.cat([p16, to_map(features.c16, grid)], 1))
     whole = stages[2][:, :, : grid[0] // 2 * 2, : grid[1] // 2 * 2]
     torch.testing.assert_close(stages[3], whole.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).amax((3, 5)))
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_half_precision_models_take_other_sizes_too(decomposed):
+    config = HiViTConfig(
+        size="itpn_pico",
+        image_size=64,
+        relative_position_bias=True,
+        relative_position_decomposed=decomposed,
+    )
+    backbone = HiViT(config).bfloat16()
+    assert backbone(torch.randn(1, 3, 96, 64, dtype=torch.bfloat16)).c16.dtype == torch.bfloat16

@@ -16,7 +16,7 @@ from itpn.nn.pyramid import Model, ModelConfig
 from itpn.weights import files
 from itpn.weights.files import Weights
 from itpn.weights.translate import write_back
-from tests.weights.released import load
+from tests.weights.released import family_of, load, released
 
 HEADS = ["--num-heads", "2", "--decoder-heads", "2"]
 
@@ -52,7 +52,7 @@ def test_it_says_what_it_found_and_left_out(source, tmp_path, capsys):
         "the authors' iTPN, pixels (official-pixel)",
         "unwrapped: model",
         "left out: epoch: training state",
-        "never imported: argparse.Namespace",
+        "objects of argparse.Namespace: not needed, and not imported",
         "32 wide, blocks 1 + 1 + 1, 2 heads",
         "wrote ",
     ):
@@ -166,3 +166,60 @@ def test_memory_stays_within_two_and_a_half_times_the_file(tmp_path):
     command = [sys.executable, "-c", MEASURE, tmp_path / "source.pth", tmp_path / "out.safetensors"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert int(done.stdout.split("grown ")[1]) < 2.5 * size + 30e6
+
+
+@pytest.mark.parametrize("name", ["clip_finetune", "mm_hivit_classifier", "mm_clip_rpe", "seg_outs4"])
+def test_files_with_bias_tables_are_written_back_with_their_buffers(tmp_path, name):
+    family = family_of(name)
+    torch.save(released(name, state_of(name)), tmp_path / "source.pth")
+    assert convert(tmp_path / "source.pth", tmp_path / "ours.safetensors") == 0
+    assert convert(tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors", "--to", family) == 0
+    state, back = state_of(name), load_file(tmp_path / "theirs.safetensors")
+    assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
+
+
+def test_a_trackers_backbone(tmp_path):
+    """Their names after `backbone.`, beside a head of its own."""
+    for name in ("clip_finetune", "fast_finetune_meanpool"):
+        state = {f"backbone.{key}": value for key, value in state_of(name).items() if "head" not in key}
+        torch.save({"net": state | {"box_head.conv.weight": torch.zeros(2)}}, tmp_path / "tracker.pth")
+        arguments = ["--leave-out", "fc_norm.*", *HEADS[:2]]
+        assert convert(tmp_path / "tracker.pth", tmp_path / "out.safetensors", *arguments) == 0
+        weights = files.read(tmp_path / "out.safetensors")
+        assert weights.parts == {"backbone"}
+        assert weights.source["left_out"]["box_head.* (1 tensors)"] == "no part of the backbone"
+
+
+def test_hivits_own_mae_gives_its_backbone(tmp_path, capsys):
+    """Its decoder reads the three stages side by side, 7 C channels, and is no model here."""
+    state = {key: value for key, value in state_of("clip_finetune").items() if "fc_norm" not in key}
+    state = {key: value for key, value in state.items() if not key.startswith("head.")}
+    state |= {"norm.weight": torch.ones(7 * 32), "norm.bias": torch.ones(7 * 32)}
+    state |= {"decoder_embed.weight": torch.zeros(16, 7 * 32), "decoder_embed.bias": torch.zeros(16)}
+    state |= {"mask_token": torch.zeros(1, 1, 16), "decoder_pred.weight": torch.zeros(768, 16)}
+    torch.save({"model": state}, tmp_path / "mae.pth")
+    assert convert(tmp_path / "mae.pth", tmp_path / "out.safetensors") == 0
+    assert files.read(tmp_path / "out.safetensors").parts == {"backbone"}
+    assert "HiViT's own MAE decoder" in capsys.readouterr().out
+
+
+def test_what_would_be_ignored_or_lost_is_refused(source, tmp_path, capsys):
+    ours, out = tmp_path / "ours.safetensors", tmp_path / "out.safetensors"
+    assert convert(source, ours, *HEADS) == 0
+    assert "leave --num-heads out" in fails(capsys, ours, out, "--to", "official-pixel", "--num-heads", "2")
+    assert "no key is like that" in fails(capsys, source, out, "--leave-out", "nosuch.*")
+    assert "hold no pixel decoder" in fails(capsys, ours, out, "--to", "official-detection")
+    (tmp_path / "folder.safetensors").mkdir()
+    assert "cannot write" in fails(capsys, source, tmp_path / "folder.safetensors", *HEADS)
+    state = state_of("fast_finetune_meanpool")
+    torch.save(state | {"absolute_pos_embed": state["pos_embed"]}, tmp_path / "twice.pth")
+    said = fails(capsys, tmp_path / "twice.pth", out, "--num-heads", "2")
+    assert "both become backbone.position" in said
+    assert not out.exists()
+
+
+def test_metadata_that_is_no_config_is_one_line(tmp_path, capsys):
+    for text in ("{", "[]", '"x"', "[" * 100_000):
+        save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", {"config": text})
+        assert cli.main(["info", str(tmp_path / "x.safetensors")]) == 2
+        assert capsys.readouterr().err.count("\n") == 1

@@ -9,11 +9,13 @@ from safetensors.torch import save_file
 
 from itpn.errors import UserError
 from itpn.nn.pyramid import ModelConfig
+from itpn.objectives.distill import DistillConfig, DistillObjective
 from itpn.objectives.pixel import PixelConfig, PixelObjective
 from itpn.recipes.pretrain import demo
 from itpn.tasks import config_of
 from itpn.weights import files
-from tests.toys import toy_objective
+from tests.saved import save
+from tests.toys import toy_model, toy_objective
 
 
 def config_for(objective):
@@ -98,3 +100,25 @@ def test_another_image_size_resamples_the_position_tables(written):
     images = torch.randn(1, 3, 96, 96)
     ours, theirs = larger.model.eval()(images), objective.model.eval()(images)
     torch.testing.assert_close(ours[0].c16, theirs[0].c16, atol=1e-5, rtol=1e-4)
+
+
+def test_init_says_what_no_shape_tells(tmp_path):
+    """Heads of another number are another model; an epsilon is worth a remark."""
+    objective = toy_objective()
+    path = save(tmp_path / "a.safetensors", objective, toy_model(), objective=objective.config)
+    weights = files.read(path)
+    with pytest.raises(
+        UserError, match=r"has 2 attention heads, the model 4; give --model\.backbone\.num-heads 2"
+    ):
+        files.load_into(toy_objective(num_heads=4), weights)
+    said = files.load_into(toy_objective(norm_eps=1e-5), weights)
+    assert "these weights saw --model.backbone.norm-eps 1e-06, which this run does not have" in said
+
+
+def test_tables_of_an_auxiliary_branch_are_resampled_without_a_bias_in_the_backbone(tmp_path):
+    config = DistillConfig(target_width=8)
+    small, large = (DistillObjective(toy_model(image_size=size), config) for size in (64, 96))
+    path = save(tmp_path / "a.safetensors", small, toy_model(image_size=64), objective=config)
+    weights = files.read(path)
+    files.load_exactly(large, files.resampled(weights, large.model.config.backbone))
+    assert large.auxiliary.blocks[0].attn.relative_position.shape == (121, 2)
