@@ -43,6 +43,7 @@ FREE = (
     "data.list",
     "data.workers",
     "data.max_bad_share",
+    "objective.teacher_weights",
     "knn",
     "init",
     *(
@@ -350,4 +351,7 @@ def _finish(recipe: Pretrain, objective: Objective, run: Run, step: int) -> None
         ) from error
     run.finish(step)
     run.say(f"finished: {path} holds backbone and pyramid")
-    run.say(f"look first at {run.pictures}: the newest reconstruction, and curves.png")
+    seen = (
+        "the newest reconstruction, and curves.png" if isinstance(objective, PixelObjective) else "curves.png"
+    )
+    run.say(f"look first at {run.pictures}: {seen}")

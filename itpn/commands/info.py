@@ -191,8 +191,8 @@ def described(weights: Weights) -> Iterator[str]:
             decoder = module.config.decoder
             yield f"pixel decoder: {decoder.width} wide, {decoder.depth} blocks"
         case DistillObjective():
-            predictors = "two heads" if module.auxiliary else "one head"
-            yield f"distillation: {predictors} for a teacher's tokens of {module.config.target_width} channels"
+            number, width = 1 + bool(module.auxiliary), module.config.target_width
+            yield f"distillation: heads for a teacher's tokens ({number}), {width} channels"
     with torch.device("meta"):
         yield work(HiViT(config))
 

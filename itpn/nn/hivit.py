@@ -132,11 +132,11 @@ class HiViTConfig:
             raise UserError(
                 "model.backbone: width, num_heads, in_channels and every depth must be at least 1"
             )
-        if (
-            max(self.shape.width, *self.shape.depths, self.in_channels, self.image_size, self.patch_size)
-            > LARGEST
-        ):
-            raise UserError(f"model.backbone: a number is above {LARGEST:,}; no such model is meant")
+        sizes = (self.shape.width, self.in_channels, self.image_size, self.relative_image_size or 0)
+        if max(*sizes, self.patch_size, 32 * max(self.shape.depths)) > LARGEST:
+            raise UserError(
+                f"model.backbone: a width or size above {LARGEST:,}, or a depth above {LARGEST // 32:,}"
+            )
         if not 0 < self.norm_eps < 1:
             raise UserError(f"model.backbone.norm_eps: {self.norm_eps} lies outside (0, 1)")
         for name in ("early_mlp_ratio", "stage3_mlp_ratio"):

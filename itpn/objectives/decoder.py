@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from itpn.errors import UserError
-from itpn.nn.hivit import HiViTConfig
+from itpn.nn.hivit import LARGEST, HiViTConfig
 from itpn.nn.layers import GlobalBlock, init_linears
 from itpn.nn.positions import Grid, resample_table, sincos_table
 from itpn.nn.pyramid import Levels, ModelConfig
@@ -32,6 +32,8 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.depth < 1 or self.width < 1:
             raise UserError("objective.decoder: width, depth and num_heads must be at least 1")
+        if max(self.width, 32 * self.depth) > LARGEST or not 0 < self.mlp_ratio <= 64:
+            raise UserError("objective.decoder: width, depth or mlp_ratio is too large, or no ratio at all")
         if self.width % 16 or self.width % self.num_heads:
             raise UserError(
                 f"objective.decoder.width: {self.width} must divide by 16 and by {self.num_heads} heads"

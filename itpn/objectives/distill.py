@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from itpn.errors import UserError
-from itpn.nn.hivit import Features, HiViTConfig
+from itpn.nn.hivit import LARGEST, Features, HiViTConfig
 from itpn.nn.layers import GlobalBlock, init_linears
 from itpn.nn.positions import Relative, relative_index
 from itpn.nn.pyramid import Model, ModelConfig
@@ -56,8 +56,8 @@ class DistillConfig(TeacherConfig):
     """Epsilon of the LayerNorms in front of the level embeddings (the mmpretrain models have 1e-5)."""
 
     def __post_init__(self) -> None:
-        if self.target_width < 1:
-            raise UserError(f"objective.target_width: {self.target_width} must be at least 1")
+        if not 1 <= self.target_width <= LARGEST:
+            raise UserError(f"--objective.target-width: {self.target_width} lies outside 1..{LARGEST:,}")
 
 
 class Predictions(NamedTuple):
@@ -107,7 +107,7 @@ class DistillObjective(nn.Module):
         config, grid = self.config, self.model.backbone.config.grid
         if teacher.width != config.target_width:
             raise UserError(
-                f"objective.target_width is {config.target_width}, but the teacher's targets have "
+                f"--objective.target-width is {config.target_width}, but the teacher's targets have "
                 f"{teacher.width} channels: give that number"
             )
         if teacher.grid != grid:
@@ -183,7 +183,8 @@ class DistillObjective(nn.Module):
         fused = self.head(norm(reduce(torch.add, levels)))
         if self.auxiliary is None:
             return Predictions(fused, None)
-        pairs = Relative(relative_index(grid).to(images.device), grid)
+        method = backbone.config.relative_resampling
+        pairs = Relative(relative_index(grid).to(images.device), grid, method)
         return Predictions(fused, self.auxiliary(tapped[0], pairs, last))
 
     def _split_drops(self, drop: Tensor | None) -> tuple[Tensor | None, ...]:

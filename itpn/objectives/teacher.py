@@ -4,8 +4,11 @@ The paper's CLIP recipe takes every patch token after the last norm, projects it
 token, and normalises it. Where the authors' code departs from that, an option says "published".
 """
 
+import difflib
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
@@ -64,7 +67,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.vit, self.config = vit, config
         if config.target == "projected" and (vit.attn_pool is not None or isinstance(vit.head, nn.Identity)):
-            raise UserError("objective.target: it has no projection of tokens; use 'tokens'")
+            raise UserError("--objective.target: the teacher has no projection of tokens; use 'tokens'")
         self.grid: Grid = grid or vit.patch_embed.grid_size
         self.image_size = self.needed_size(self.grid)
         _resize(vit, self.image_size, config)
@@ -84,7 +87,7 @@ class Teacher(nn.Module):
         """Pixels per side of an image with ``grid`` tokens: 196 for 14 x 14 tokens of 14 pixels."""
         rows, cols = grid
         if rows != cols:
-            raise UserError(f"objective.teacher: {rows} x {cols} tokens need an image that is not square")
+            raise UserError(f"--objective.teacher: {rows} x {cols} tokens need an image that is not square")
         return rows * cast(int, self.vit.patch_embed.feat_ratio())
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -140,10 +143,24 @@ def build_teacher(
         return Teacher(from_timm(config.teacher, {"state_dict": dict(state)} if state else {}), config, grid)
     if state is None:
         raise UserError(
-            f"objective.teacher: there is none; give a timm name to download (objective.teacher {CLIP}) "
-            "or a file of CLIP's weights (objective.teacher_weights)"
+            f"--objective.teacher: there is none; give a timm name to download (--objective.teacher {CLIP}) "
+            "or a file of CLIP's weights (--objective.teacher-weights)"
         )
     return Teacher(from_openai(state), config, grid)
+
+
+def outline(config: TeacherConfig, grid: Grid | None = None) -> Teacher | None:
+    """The teacher without its weights, on the meta device: to count it, and to see whether it fits.
+
+    None where no name but a file alone says what it is.
+
+    Raises:
+        UserError: no such model, or none that can teach so.
+    """
+    if not config.teacher:
+        return None
+    with torch.device("meta"):
+        return Teacher(_outlined(config.teacher, {}, {}), config, grid)
 
 
 def from_timm(name: str, overlay: Mapping[str, Any], sizes: Mapping[str, Any] | None = None) -> Vit:
@@ -153,29 +170,72 @@ def from_timm(name: str, overlay: Mapping[str, Any], sizes: Mapping[str, Any] | 
         UserError: no such model, no weights, weights of another model, or no plain vision transformer.
     """
     import timm
+
+    sizes = sizes or {}
+    _outlined(name, overlay, sizes)  # what cannot teach is refused before it is downloaded
+    expected = Exception if "state_dict" in overlay else (OSError, RuntimeError)  # files can be anything
+    try:
+        with _quiet_hub():
+            vit = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(overlay), **sizes)
+    except expected as error:
+        reason = _short(error)
+        if "state_dict" in overlay:
+            raise UserError(f"--objective.teacher-weights: they do not fit {name}: {reason}") from error
+        raise UserError(
+            f"--objective.teacher: no weights of {name} came from the Hub ({reason}); connect to it, or give "
+            "a file of them with --objective.teacher-weights"
+        ) from error
+    pretrained_config(vit).pop("state_dict", None)  # else the weights stay in memory twice
+    return _without_added_bias(cast(Vit, vit))
+
+
+def _outlined(name: str, overlay: Mapping[str, Any], sizes: Mapping[str, Any]) -> Vit:
+    """The timm model ``name`` on the meta device, if it is one that can teach."""
+    import timm
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
     try:
-        vit = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(overlay), **(sizes or {}))
+        with torch.device("meta"):
+            vit = timm.create_model(name, pretrained_cfg_overlay=dict(overlay), **sizes)
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        if "state_dict" in overlay:
-            raise UserError(f"objective.teacher_weights: they do not fit {name}: {reason}") from error
-        raise UserError(
-            f"objective.teacher: no weights of {name}: {reason} Check the name and the connection, or "
-            "give a file of them (objective.teacher_weights)"
-        ) from error
+        near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained())
+        hint = f"; timm's nearest are {', '.join(near)}" if near else "; give a model as timm names it"
+        raise UserError(f"--objective.teacher {name}: {_short(error).rstrip('.')}{hint}") from error
     if not isinstance(vit, VisionTransformer | Eva):
-        raise UserError(f"objective.teacher: {name} ({type(vit).__name__}) is no plain vision transformer")
-    known = pretrained_config(vit)
-    known.pop("state_dict", None)  # else the weights stay in memory twice
-    if any("quickgelu" in note for note in known.get("notes", ())) and "quickgelu" not in name:
+        raise UserError(f"--objective.teacher: {name} ({type(vit).__name__}) is no plain vision transformer")
+    notes = pretrained_config(vit).get("notes", ())
+    if any("quickgelu" in note for note in notes) and "quickgelu" not in name:
         raise UserError(
-            f"objective.teacher: {name} has GELU where its weights need QuickGELU; use "
+            f"--objective.teacher: {name} has GELU where its weights need QuickGELU; use "
             f"{name.replace('_clip_', '_clip_quickgelu_')}"
         )
+    return _without_added_bias(vit)
+
+
+def _without_added_bias(vit: Vit) -> Vit:
+    """OpenAI's projections have no bias; timm gives them one, of zeros."""
+    bias = getattr(vit.head, "bias", None)
+    openai = pretrained_config(vit).get("tag") == "openai"
+    if openai and bias is not None and (bias.is_meta or not bias.any()):
+        vit.head.register_parameter("bias", None)
     return vit
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """The Hub's client tells of each of its tries, where one line at the end will do."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def from_openai(state: Mapping[str, Tensor], num_heads: int | None = None) -> Vit:
@@ -190,22 +250,29 @@ def from_openai(state: Mapping[str, Tensor], num_heads: int | None = None) -> Vi
     visual = {f"visual.{key.removeprefix(prefix)}": x for key, x in state.items() if key.startswith(prefix)}
     try:
         width, _, patch_size, _ = visual["visual.conv1.weight"].shape
-        num_cells = len(visual["visual.positional_embedding"]) - 1
-        hidden = len(visual["visual.transformer.resblocks.0.mlp.c_fc.weight"])
-        overlay = {"state_dict": visual, "num_classes": visual["visual.proj"].shape[1]}
+        num_cells, _ = visual["visual.positional_embedding"].shape
+        hidden, _ = visual["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape
+        _, num_classes = visual["visual.proj"].shape
     except KeyError as error:
         raise UserError(
-            f"objective.teacher_weights: no vision transformer under OpenAI's names, {error} is missing; for "
-            "weights under other names say which model they are of (objective.teacher)"
+            f"--objective.teacher-weights: no vision transformer under OpenAI's names, {error} is missing; "
+            "for weights under other names say which model they are of (--objective.teacher)"
         ) from error
+    except ValueError as error:
+        raise UserError(
+            f"--objective.teacher-weights: OpenAI's names, but not a vision transformer's shapes ({error})"
+        ) from error
+    if min(width, patch_size, num_cells - 1) < 1:
+        raise UserError("--objective.teacher-weights: a weight is empty; the file is not CLIP's")
     if num_heads is None and width % 64:
-        raise UserError(f"objective.teacher_weights: {width} channels are no whole number of heads of 64")
+        raise UserError(f"--objective.teacher-weights: {width} channels are no whole number of heads of 64")
     sizes = {
-        "img_size": patch_size * math.isqrt(num_cells),
+        "img_size": patch_size * math.isqrt(num_cells - 1),
         "patch_size": patch_size,
         "embed_dim": width,
         "depth": sum(key.endswith(".ln_1.weight") for key in visual),
         "num_heads": num_heads or width // 64,
         "mlp_ratio": hidden / width,
     }
+    overlay = {"state_dict": visual, "num_classes": num_classes}
     return from_timm(CLIP, overlay, sizes)  # all but the sizes is the same in OpenAI's other models

@@ -137,7 +137,7 @@ def test_drop_path_covers_the_auxiliary_blocks():
 
 def test_a_teacher_that_does_not_fit_is_refused():
     objective = toy(taught=False, target_width=32)
-    with pytest.raises(UserError, match=r"objective\.target_width is 32.* 64 channels"):
+    with pytest.raises(UserError, match=r"objective\.target-width is 32.* 64 channels"):
         objective.attach(toy_teacher(objective.config))
     objective = toy(taught=False)
     with pytest.raises(UserError, match=r"teacher has \(5, 5\) tokens, the student \(4, 4\)"):

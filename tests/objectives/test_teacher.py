@@ -12,7 +12,15 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from itpn.errors import UserError
-from itpn.objectives.teacher import Teacher, TeacherConfig, build_teacher, from_openai, from_timm
+from itpn.objectives.teacher import (
+    CLIP,
+    Teacher,
+    TeacherConfig,
+    build_teacher,
+    from_openai,
+    from_timm,
+    outline,
+)
 
 REFERENCE = load_file(Path(__file__).parents[1] / "reference" / "clip_teacher.safetensors")
 STATE = {key.removeprefix("state."): x for key, x in REFERENCE.items() if key.startswith("state.")}
@@ -86,6 +94,14 @@ def test_openai_heads_are_64_wide_and_half_precision_becomes_single():
 def test_says_what_openai_weights_lack(left_out, words):
     with pytest.raises(UserError, match=words):
         from_openai({key: x for key, x in STATE.items() if key != left_out}, num_heads=2)
+
+
+@pytest.mark.parametrize("name", STATE)
+@pytest.mark.parametrize("shape", [(), (0,), (2, 3), (0, 0), (0, 3, 8, 8), (32, 3, 0, 0), (1, 2, 3, 4, 5)])
+def test_refuses_openai_weights_of_other_shapes(name, shape):
+    with pytest.raises(UserError, match=r"--objective\.teacher-weights") as caught:
+        from_openai(STATE | {name: torch.zeros(shape)}, num_heads=2)
+    assert "\n" not in str(caught.value)
 
 
 def test_does_not_guess_heads():
@@ -188,13 +204,13 @@ def test_weights_of_a_named_model_come_from_its_file():
 
 
 def test_weights_of_another_model_are_refused_in_one_line():
-    with pytest.raises(UserError, match=r"objective\.teacher_weights.*test_vit") as caught:
+    with pytest.raises(UserError, match=r"objective\.teacher-weights.*test_vit") as caught:
         build_teacher(TeacherConfig(teacher="test_vit", teacher_weights=FILE), state=STATE)
     assert "\n" not in str(caught.value)
 
 
 def test_without_name_and_file_both_ways_are_named():
-    with pytest.raises(UserError, match=r"objective\.teacher.*objective\.teacher_weights"):
+    with pytest.raises(UserError, match=r"objective\.teacher.*objective\.teacher-weights"):
         build_teacher(TeacherConfig())
 
 
@@ -203,13 +219,46 @@ def test_state_and_path_go_together():
         build_teacher(TeacherConfig(teacher_weights=FILE))
 
 
-@pytest.mark.parametrize("name", ["test_vit.r160_in1k", "no_such_model", "vit_base_patch16_reg4_gap_256"])
+@pytest.mark.parametrize("name", ["test_vit.r160_in1k", "vit_base_patch16_reg4_gap_256"])
 def test_without_the_hub_both_ways_are_named(name, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=f"{name}.*objective.teacher_weights") as caught:
+    with pytest.raises(UserError, match=f"{name}.*objective.teacher-weights") as caught:
         build_teacher(TeacherConfig(teacher=name))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("vit_bas_patch16_224", "vit_base_patch16_224"),
+        ("vit_base_patch16_clip_quickgelu_224.opena", "vit_base_patch16_clip_quickgelu_224.openai"),
+        ("zzzz", "as timm names it"),
+    ],
+)
+def test_an_unknown_name_comes_with_the_nearest(name, nearest):
+    with pytest.raises(UserError, match=f"{name}.*; .*{nearest}"):
+        build_teacher(TeacherConfig(teacher=name))
+
+
+def test_an_outline_is_the_teacher_without_weights():
+    state = timm.create_model("test_vit").state_dict()
+    config = TeacherConfig(teacher="test_vit", teacher_weights=FILE)
+    outlined, built = outline(config, (4, 4)), build_teacher(config, (4, 4), state)
+    assert {p.device.type for p in outlined.parameters()} == {"meta"}
+    assert (outlined.grid, outlined.width, outlined.image_size) == (built.grid, built.width, built.image_size)
+    assert {k: x.shape for k, x in outlined.state_dict().items()} == {
+        k: x.shape for k, x in built.state_dict().items()
+    }
+    assert outline(TeacherConfig(teacher_weights=FILE)) is None
+
+
+def test_the_bias_that_timm_adds_to_a_projection_is_left_out_unless_it_is_used():
+    assert clip().vit.head.bias is None
+    state = from_openai(STATE, num_heads=2).state_dict() | {"head.bias": torch.ones(20)}
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    vit = from_timm(CLIP, {"state_dict": state, "num_classes": 20}, sizes)
+    assert_close(vit.head.bias, torch.ones(20))
 
 
 def test_only_vision_transformers_teach():

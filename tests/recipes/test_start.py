@@ -33,7 +33,8 @@ def their_name(place: str) -> str:
 @pytest.mark.parametrize("place", [p for p in REFERENCE if "decoder_embed" not in p])
 def test_spread(started, place):
     name = their_name(place).replace("#", "0")
-    blocks = {f"backbone.blocks.{i}.reduction.weight": torch.zeros(1) for i in (4, 9)}
+    blocks = {f"backbone.blocks.{i}.mlp.fc1.bias": torch.zeros(1) for i in range(34)}
+    blocks |= {f"backbone.blocks.{i}.reduction.weight": torch.zeros(1) for i in (4, 9)}
     found, _ = to_ours({**blocks, name: torch.ones(1, 1, 1, 1)}, "mmpretrain", "pixel")
     [ours] = [ours for ours, value in found.items() if value.any()]
     weights = started.get_parameter(f"model.{ours}" if ours.startswith(MODEL_PARTS) else ours)
