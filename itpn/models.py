@@ -17,7 +17,7 @@ from itpn.nn.hivit import SIZES, HiViT, HiViTConfig
 from itpn.nn.layers import to_map
 from itpn.nn.pyramid import ModelConfig, Pyramid, PyramidConfig, detection_maps
 from itpn.objectives.pixel import PixelConfig
-from itpn.weights import files
+from itpn.weights import loading
 from itpn.weights.files import Weights
 
 Kind = Literal["pyramid", "stages", "tokens"]
@@ -122,7 +122,7 @@ class FeatureModel(nn.Module, hub.HubModel):
         model = cls(config, features, num_levels)
         for part in weights.parts - {"backbone", features}:
             weights = weights.without(part)
-        files.load_exactly(model, files.resampled(weights, config.backbone))
+        loading.load_exactly(model, loading.resampled(weights, config.backbone))
         return model.eval()
 
 
@@ -138,7 +138,7 @@ class ClassifierModel(Classifier, hub.HubModel):
         """The classifier of a file of ours, exactly; for ``backbone`` see `FeatureModel.from_weights`."""
         config = replace(weights.part("model", ModelConfig).backbone, **backbone)
         model = cls(HiViT(config), weights.part("classifier", ClassifierConfig))
-        files.load_exactly(model, files.resampled(weights, config))
+        loading.load_exactly(model, loading.resampled(weights, config))
         return model.eval()
 
 

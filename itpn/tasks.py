@@ -34,7 +34,7 @@ from itpn.objectives.teacher import build_teacher
 from itpn.recipes.pretrain import Pretrain
 from itpn.show.curves import loss_curves
 from itpn.show.reconstruction import reconstruction_picture
-from itpn.weights import files
+from itpn.weights import files, loading
 from itpn.weights.convert import read_foreign
 
 NUM_PICTURED = 6
@@ -97,7 +97,7 @@ def pretrain(recipe: Pretrain) -> Path:
         if recipe.init and _has_checkpoint(run):
             run.say(f"going on from a checkpoint; --init {recipe.init} was for the start")
         elif recipe.init:
-            run.say(files.load_into(objective, files.read(recipe.init)))
+            run.say(loading.load_into(objective, files.read(recipe.init)))
         finished = train(
             objective,
             partial(_batches, recipe, images, objective, world, bad),
@@ -170,7 +170,7 @@ def load_objective(path: Path, *, mask_ratio: float | None = None) -> PixelObjec
         mask_ratio=trained.mask_ratio if mask_ratio is None else mask_ratio,
     )
     objective = PixelObjective(weights.part("model", ModelConfig), config)
-    files.load_into(objective, weights.without("features"))
+    loading.load_into(objective, weights.without("features"))
     return objective
 
 

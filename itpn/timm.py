@@ -21,7 +21,7 @@ from itpn.heads.classify import Classifier, ClassifierConfig
 from itpn.nn.hivit import SIZES, Features, HiViT
 from itpn.nn.layers import to_map
 from itpn.nn.pyramid import ModelConfig, Pyramid
-from itpn.weights import files
+from itpn.weights import loading
 from itpn.weights.files import Weights
 
 
@@ -98,9 +98,9 @@ class TimmModel(Classifier):
             taken |= {"norm", "head"} if same else {"norm"}
         for part in weights.parts - taken:
             weights = weights.without(part)
-        weights = files.resampled(weights, self.backbone.config)
+        weights = loading.resampled(weights, self.backbone.config)
         fresh = {name: own for name, own in self.state_dict().items() if name.split(".")[0] not in taken}
-        files.load_exactly(self, replace(weights, tensors=fresh | weights.tensors))
+        loading.load_exactly(self, replace(weights, tensors=fresh | weights.tensors))
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images ``[B, c, H, W]`` to logits ``[B, classes]``, or what `forward_head` gives."""

@@ -18,7 +18,7 @@ from itpn.heads.classify import Classifier, ClassifierConfig, smoothed_cross_ent
 from itpn.nn.pyramid import ModelConfig
 from itpn.objectives.pixel import PixelConfig, PixelObjective
 from itpn.recipes.pretrain import demo
-from itpn.weights import files
+from itpn.weights import files, loading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ def starting_point(init: Path | None) -> PixelObjective:
     weights = files.read(init)
     plain = replace(weights.part("objective", PixelConfig), features=PixelConfig().features)
     objective = PixelObjective(weights.part("model", ModelConfig), plain)
-    files.load_into(objective, weights)
+    loading.load_into(objective, weights)
     return objective
 
 

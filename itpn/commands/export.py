@@ -14,7 +14,7 @@ from itpn.commands.arguments import parse
 from itpn.errors import UserError, printable
 from itpn.models import ClassifierModel, FeatureModel
 from itpn.nn.pyramid import ModelConfig
-from itpn.weights import export, files
+from itpn.weights import export, files, loading
 from itpn.weights.export import Difference, Run, Size
 from itpn.weights.files import Weights
 
@@ -151,7 +151,7 @@ def _write(job: Job, size: Size, out: Path) -> None:
 
 def _save(model: FeatureModel | ClassifierModel, weights: Weights, path: Path) -> None:
     """The part's tensors in the precision that they have there, and what the config says of them."""
-    tensors = files.resampled(weights, model.backbone.config).tensors
+    tensors = loading.resampled(weights, model.backbone.config).tensors
     config = model.file_config()
     if "objective" in weights.config:  # it has mean and std
         config["objective"] = weights.config["objective"]

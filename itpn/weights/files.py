@@ -7,7 +7,7 @@ objective's. Fixed tables of decoders stay out: they follow from the config.
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from itpn.engine import checkpoint
 from itpn.errors import UserError, printable
 from itpn.heads.classify import Classifier, ClassifierConfig
-from itpn.nn.hivit import HiViT, HiViTConfig
-from itpn.nn.positions import resample_axis, resample_relative, resample_table
+from itpn.nn.hivit import HiViT
 from itpn.nn.pyramid import Model, ModelConfig
 from itpn.objectives.distill import DistillConfig, DistillObjective
 from itpn.objectives.pixel import PixelConfig, PixelObjective
@@ -30,22 +29,16 @@ from itpn.objectives.pixel import PixelConfig, PixelObjective
 T = TypeVar("T")
 NOWHERE = Path("(in memory)")
 FOREIGN = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".tar")
-SHAPING = (
-    "size", "width", "depths", "num_heads", "layers", "image_size", "patch_size", "in_channels",
-    "early_mlp_ratio", "mlp_ratio", "relative_position_bias", "relative_position_decomposed",
-    "relative_image_size", "layer_scale", "depth",
-)  # fmt: skip
-"""Fields of the configs that shapes of tensors follow from."""
 MODEL_PARTS = ("backbone.", "pyramid.")
 NANO = Path(__file__).parents[1] / "data" / "nano.safetensors"
 """A nano model pre-trained on the bundled sample, with its decoder (its card is nano.md beside it)."""
 _converter = cattrs.Converter(forbid_extra_keys=True)
 _converter.register_structure_hook(
-    PixelConfig | DistillConfig, lambda values, _: _converter.structure(values, _kind_of(values))
+    PixelConfig | DistillConfig, lambda values, _: _converter.structure(values, kind_of(values))
 )
 
 
-def _kind_of(objective: Any) -> type[PixelConfig] | type[DistillConfig]:
+def kind_of(objective: Any) -> type[PixelConfig] | type[DistillConfig]:
     """Which objective's config JSON values are."""
     distils = isinstance(objective, dict) and "mask_token" in objective
     return DistillConfig if distils else PixelConfig
@@ -199,11 +192,7 @@ def module_of(weights: Weights) -> nn.Module:
         return Classifier(HiViT(model.backbone), weights.part("classifier", ClassifierConfig))
     if weights.parts <= {"backbone", "pyramid"}:
         return Model(model)
-    return build_objective(model, weights.part("objective", _kind_of(weights.config.get("objective"))))
-
-
-def _is_of(objective: PixelConfig | DistillConfig, config: Mapping[str, Any]) -> bool:
-    return "objective" in config and isinstance(objective, _kind_of(config["objective"]))
+    return build_objective(model, weights.part("objective", kind_of(weights.config.get("objective"))))
 
 
 def build_objective(
@@ -227,9 +216,9 @@ def misfits(weights: Weights, module: nn.Module | None = None) -> list[str]:
     names = [name for name in {**own, **weights.tensors} if not name.endswith("decoder.position")]
     names += [name for name in weights.tensors if name.endswith("decoder.position")]
     return [
-        f"{name} is {_shape(weights.tensors.get(name))} there, {_shape(own.get(name))} here"
+        f"{name} is {shape_of(weights.tensors.get(name))} there, {shape_of(own.get(name))} here"
         for name in names
-        if _shape(weights.tensors.get(name)) != _shape(own.get(name))
+        if shape_of(weights.tensors.get(name)) != shape_of(own.get(name))
     ]
 
 
@@ -259,130 +248,5 @@ def _newest(run: Path) -> Path:
     return run / "checkpoints" / name.decode() / "model.safetensors"
 
 
-def load_into(objective: PixelObjective | DistillObjective, weights: Weights) -> str:
-    """Load weights into an objective and say in one line what came from the file.
-
-    Backbone and pyramid must be there and fit; position tables of another image size are resampled. What
-    pre-training adds is taken, part by part, where the file has it; a feature teacher that the file lacks
-    starts as a copy of the loaded backbone.
-
-    Raises:
-        UserError: something is missing, has another shape, or is unknown to the model.
-    """
-    own = {name.removeprefix("model."): name for name in objective.state_dict()}
-    state = objective.state_dict()
-    weights = resampled(weights, objective.model.config.backbone)
-    if not _is_of(objective.config, weights.config):  # its other parts are of another kind, or a classifier's
-        for part in weights.parts - {"backbone", "pyramid"}:
-            weights = weights.without(part)
-    parts = sorted({name.split(".")[0] for name in own})
-    taken = [part for part in parts if part in weights.parts]
-    wrong = [
-        f"{name} is {_shape(weights.tensors.get(name))} there, {_shape(state.get(own.get(name, '')))} here"
-        for name in {**own, **weights.tensors}
-        if (name.startswith(MODEL_PARTS) or name.split(".")[0] in taken)
-        and not name.endswith("decoder.position")
-        and _shape(weights.tensors.get(name)) != _shape(state.get(own.get(name, "")))
-    ]
-    if wrong and "pyramid" not in weights.parts and objective.model.pyramid is not None:
-        raise UserError(f"--init {weights.path}: it holds no pyramid, and this model has one to load")
-    there = weights.part("model", ModelConfig)
-    if wrong:
-        raise UserError(
-            f"--init {weights.path}: {len(wrong)} tensors do not fit ({'; '.join(wrong[:3])}); the file's "
-            f"model has {' '.join(_flags(there, objective.model.config, SHAPING)) or 'other parts'}"
-        )
-    remarks = _unlike(there, objective.model.config, weights.path)
-    tensors = {
-        name: value for name, value in weights.tensors.items() if not name.endswith("decoder.position")
-    }
-    state |= {own[name]: value for name, value in tensors.items() if name in own}
-    if "features" not in taken:
-        teacher = "features.teacher."
-        state |= {
-            name: state[f"model.backbone.{name.removeprefix(teacher)}"]
-            for name in state
-            if name.startswith(teacher)
-        }
-    objective.load_state_dict(state)
-    fresh = [part for part in parts if part not in taken]
-    anew = f"; {', '.join(fresh)} start anew" if fresh else ""
-    return f"loaded {', '.join(taken)} from {weights.path}{anew}{remarks}"
-
-
-def _unlike(there: ModelConfig, here: ModelConfig, path: Path) -> str:
-    """What no tensor's shape tells: an error for heads, a remark for epsilons and ways of resampling.
-
-    Raises:
-        UserError: the models have another number of attention heads.
-    """
-    heads = there.backbone.shape.num_heads
-    if heads != here.backbone.shape.num_heads:
-        raise UserError(
-            f"--init {path}: it has {heads} attention heads, the model {here.backbone.shape.num_heads}; "
-            f"give --model.backbone.num-heads {heads}"
-        )
-    flags = _flags(there, here, ("norm_eps", "position_resampling", "relative_resampling"))
-    return f"; these weights saw {' '.join(flags)}, which this run does not have" if flags else ""
-
-
-def _flags(there: ModelConfig, here: ModelConfig, names: Collection[str]) -> list[str]:
-    """Arguments that make one model's config another's, of the fields named."""
-    flags = []
-    for part, theirs, ours in (
-        ("backbone", there.backbone, here.backbone),
-        ("pyramid", there.pyramid, here.pyramid),
-    ):
-        for name in names:
-            value = getattr(theirs, name, None)
-            if ours is None or value == getattr(ours, name, None):
-                continue
-            flag = f"--model.{part}.{name.replace('_', '-')}"
-            if isinstance(value, bool):
-                flags.append(flag if value else flag.replace(f"{part}.", f"{part}.no-"))
-            else:
-                text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-                flags.append(f"{flag} {text}")
-    return flags
-
-
-def resampled(weights: Weights, backbone: HiViTConfig) -> Weights:
-    """The same weights with their position tables resampled to another image size, as the model does."""
-    there = weights.part("model", ModelConfig).backbone
-    offset = 0.1 if backbone.position_resampling == "published" else 0.0
-    tensors = dict(weights.tensors)
-    positions = tensors.get("backbone.position")
-    if positions is not None and len(positions) != there.num_units:
-        raise UserError(
-            f"{weights.path}: its position table is not for the {there.image_size} pixels it says"
-        )
-    for name, table in weights.tensors.items():
-        old, new = there.relative_grid, backbone.relative_grid
-        if name.startswith("auxiliary."):  # its blocks have tables even where the backbone's have none
-            old, new = old or there.grid, new or backbone.grid
-        if name.endswith(".relative_position") and old and new:
-            tensors[name] = resample_relative(table, old, new, backbone.relative_resampling)
-        elif name.endswith(".relative_position_rows") and new:
-            tensors[name] = resample_axis(table, new[0])
-        elif name.endswith(".relative_position_cols") and new:
-            tensors[name] = resample_axis(table, new[1])
-        elif name.endswith(("backbone.position", "teacher.position")) and there.grid != backbone.grid:
-            tensors[name] = resample_table(table, there.grid, backbone.grid, offset)
-    return replace(weights, tensors=tensors)
-
-
-def load_exactly(module: nn.Module, weights: Weights) -> None:
-    """Load weights into a module of the same names.
-
-    Raises:
-        UserError: a tensor is missing, unknown, or has another shape.
-    """
-    if wrong := misfits(weights, module):
-        raise UserError(f"{weights.path}: {len(wrong)} tensors do not fit the model ({'; '.join(wrong[:3])})")
-    state = module.state_dict()
-    own = {name.removeprefix("model."): name for name in state}
-    module.load_state_dict(state | {own[name]: tensor for name, tensor in weights.tensors.items()})
-
-
-def _shape(tensor: Tensor | None) -> str:
+def shape_of(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else str(list(tensor.shape))

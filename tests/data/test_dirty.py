@@ -367,13 +367,15 @@ def test_check_data_names_the_file_that_kills(
 
 
 ENDLESS = """
-    import sys, time
+    import signal, sys, time
     from itpn.data.crashproof import each
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     def work(index):
         import os
         if index < 2:
-            print(os.getpid(), flush=True)
+            os.write(1, b"started\\n")  # at once: what two print might mix
         time.sleep(0.01)
 
     for _ in each(work, 10**9, 2):
@@ -388,10 +390,14 @@ def test_the_processes_end_with_their_parent(end: signal.Signals) -> None:
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
     ) as parent:
         assert parent.stdout is not None
-        assert all(int(parent.stdout.readline()) for _ in range(2))
+        started = [parent.stdout.readline() for _ in range(2)]
         if end == signal.SIGINT:
             os.killpg(parent.pid, end)  # as a terminal does
         else:
             parent.kill()
-        # The end of the pipe: no process is left that could write.
-        assert parent.communicate(timeout=60)[0] == ""
+        try:  # the end of the pipe: no process is left that could write
+            rest = parent.communicate(timeout=60)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(parent.pid, signal.SIGKILL)
+            raise
+    assert started == ["started\n"] * 2 and rest == ""

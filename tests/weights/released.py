@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from itpn import cli
-from itpn.weights import files, names
+from itpn.nn.positions import resample_table
+from itpn.weights import files, loading, names
 from itpn.weights.families import FAMILIES, kind_of
 from itpn.weights.files import Weights
 
@@ -68,7 +69,7 @@ def converted(name: str) -> Weights:
 
 def module(weights: Weights) -> nn.Module:
     model = files.module_of(weights).eval()
-    files.load_exactly(model, weights)
+    loading.load_exactly(model, weights)
     return model
 
 
@@ -100,5 +101,5 @@ def gradients_close(name: str, model: nn.Module) -> None:
 def straight_through(gradient: Tensor) -> Tensor:
     """At equal sizes torch's bicubic backward passes the gradient straight through although its forward
     resamples; the reference has that gradient, ours is the true one: undo it to compare."""
-    matrix = files.resample_table(torch.eye(16), (4, 4), (4, 4), offset=0.1)
+    matrix = resample_table(torch.eye(16), (4, 4), (4, 4), offset=0.1)
     return torch.linalg.solve(matrix.T, gradient)

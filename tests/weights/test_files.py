@@ -13,7 +13,7 @@ from itpn.objectives.distill import DistillConfig, DistillObjective
 from itpn.objectives.pixel import PixelConfig, PixelObjective
 from itpn.recipes.pretrain import demo
 from itpn.tasks import config_of
-from itpn.weights import files
+from itpn.weights import files, loading
 from tests.saved import save
 from tests.toys import toy_model, toy_objective
 
@@ -38,7 +38,7 @@ def test_config_and_weights_round_trip(written):
     again = PixelObjective(weights.part("model", ModelConfig), weights.part("objective", PixelConfig))
     assert again.config == objective.config
     assert again.model.config == objective.model.config
-    said = files.load_into(again, weights)
+    said = loading.load_into(again, weights)
     assert same(objective, again)
     assert "anew" not in said
 
@@ -49,7 +49,7 @@ def test_backbone_and_pyramid_alone_leave_the_rest_anew(tmp_path, written):
     files.save(tmp_path / "pretrained.safetensors", tensors, weights.config)
     other = toy_objective({"branches": "levels"}, relative_position_bias=True, seed=5)
     head = other.head.weight.clone()
-    said = files.load_into(other, files.read(tmp_path / "pretrained.safetensors"))
+    said = loading.load_into(other, files.read(tmp_path / "pretrained.safetensors"))
     assert same(objective.model, other.model)
     assert same(objective.model.backbone, other.features.teacher), "a new teacher starts as the student"
     assert torch.equal(other.head.weight, head)
@@ -59,7 +59,7 @@ def test_backbone_and_pyramid_alone_leave_the_rest_anew(tmp_path, written):
 def test_features_of_the_file_do_not_disturb_plain_pixels(written):
     objective, weights = written
     plain = toy_objective(relative_position_bias=True, seed=5)
-    files.load_into(plain, weights)
+    loading.load_into(plain, weights)
     assert same(objective.model, plain.model)
 
 
@@ -69,7 +69,7 @@ def test_features_of_the_file_do_not_disturb_plain_pixels(written):
 )
 def test_another_shape_is_named(written, numbers):
     with pytest.raises(UserError, match="do not fit"):
-        files.load_into(toy_objective(**{"relative_position_bias": True} | numbers), written[1])
+        loading.load_into(toy_objective(**{"relative_position_bias": True} | numbers), written[1])
 
 
 def test_what_is_not_ours_is_said(tmp_path):
@@ -96,7 +96,7 @@ def test_another_image_size_resamples_the_position_tables(written):
     objective, weights = written
     weights = replace(weights, tensors=weights.tensors | {"decoder.position": objective.decoder.position})
     larger = toy_objective({"branches": "levels"}, relative_position_bias=True, image_size=96)
-    files.load_into(larger, weights)
+    loading.load_into(larger, weights)
     images = torch.randn(1, 3, 96, 96)
     ours, theirs = larger.model.eval()(images), objective.model.eval()(images)
     torch.testing.assert_close(ours[0].c16, theirs[0].c16, atol=1e-5, rtol=1e-4)
@@ -110,8 +110,8 @@ def test_init_says_what_no_shape_tells(tmp_path):
     with pytest.raises(
         UserError, match=r"has 2 attention heads, the model 4; give --model\.backbone\.num-heads 2"
     ):
-        files.load_into(toy_objective(num_heads=4), weights)
-    said = files.load_into(toy_objective(norm_eps=1e-5), weights)
+        loading.load_into(toy_objective(num_heads=4), weights)
+    said = loading.load_into(toy_objective(norm_eps=1e-5), weights)
     assert "these weights saw --model.backbone.norm-eps 1e-06, which this run does not have" in said
 
 
@@ -120,5 +120,5 @@ def test_tables_of_an_auxiliary_branch_are_resampled_without_a_bias_in_the_backb
     small, large = (DistillObjective(toy_model(image_size=size), config) for size in (64, 96))
     path = save(tmp_path / "a.safetensors", small, toy_model(image_size=64), objective=config)
     weights = files.read(path)
-    files.load_exactly(large, files.resampled(weights, large.model.config.backbone))
+    loading.load_exactly(large, loading.resampled(weights, large.model.config.backbone))
     assert large.auxiliary.blocks[0].attn.relative_position.shape == (121, 2)
