@@ -20,6 +20,7 @@ from torch import nn
 
 from itpn.errors import UserError
 from itpn.nn.hivit import HiViTConfig
+from itpn.objectives.pixel import PixelConfig
 from itpn.weights import files
 from itpn.weights.files import Weights
 
@@ -58,6 +59,21 @@ def _downloaded(model_id: str, **download: Any) -> Path:
 class HubModel(PyTorchModelHubMixin):
     """What a module needs to be saved to a folder, loaded from it, and pushed to the Hub."""
 
+    mean: tuple[float, ...] = PixelConfig.mean
+    std: tuple[float, ...] = PixelConfig.std
+    """Mean and standard deviation per channel, in 0..1, of the weights' images; ImageNet's if unknown."""
+    source: dict[str, Any] | None = None
+    """What the weights were converted from; see `Weights`."""
+
+    def remember(self, weights: Weights) -> None:
+        """Keep what the file says of its images and its origin, for whoever saves the model again."""
+        given = weights.config.get("input") or weights.config.get("objective") or {}
+        try:
+            self.mean, self.std = (tuple(map(float, given.get(k, getattr(self, k)))) for k in ("mean", "std"))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{weights.path}: its mean or std are no numbers") from error
+        self.source = weights.source
+
     def file_config(self) -> dict[str, Any]:
         """The config that its file carries."""
         raise NotImplementedError
@@ -69,9 +85,9 @@ class HubModel(PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, nn.Module)
-        config = self.file_config()
+        config = self.file_config() | {"input": {"mean": self.mean, "std": self.std}}
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        files.save(save_directory / FILE, tensors, config)
+        files.save(save_directory / FILE, tensors, config, self.source)
         (save_directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
@@ -102,10 +118,11 @@ class HubModel(PyTorchModelHubMixin):
         assert isinstance(self, nn.Module)
         config = self.file_config()
         parameters = sum(parameter.numel() for parameter in self.parameters())
-        return ModelCard(card(config, parameters, license))
+        config["input"] = {"mean": self.mean, "std": self.std}
+        return ModelCard(card(config, parameters, license, self.source))
 
 
-def card(config: dict[str, Any], parameters: int, license: str) -> str:
+def card(config: dict[str, Any], parameters: int, license: str, source: dict[str, Any] | None = None) -> str:
     """The model card as Markdown with its metadata in front, from a file's config."""
     model, classifier = config["model"], config.get("classifier")
     backbone = HiViTConfig(**model["backbone"])
@@ -131,9 +148,12 @@ def card(config: dict[str, Any], parameters: int, license: str) -> str:
         "pyramid": f"{pyramid['width']} channels at the same strides" if pyramid else "none",
         "classes": str(classifier["num_classes"]) if classifier else "none",
         "image size": f"{size} x {size}; any multiple of {patch} pixels per side",
-        "input": f"{backbone.in_channels} channels, normalised as in training",
+        "input": f"{backbone.in_channels} channels in 0..1, normalised by mean {_numbers(config, 'mean')} "
+        f"and deviation {_numbers(config, 'std')}",
         "parameters": f"{parameters / 1e6:.2f} M",
     }
+    if source:
+        rows["converted from"] = f"{source['file']} ({source['family']}), sha256 {source['sha256']}"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     what = "An image classifier" if classifier else "An image backbone"
     return f"""---
@@ -158,6 +178,10 @@ model = itpn.load("FOLDER_OR_HUB_ID")
 The weights are one safetensors file, `{FILE}`, whose metadata carries the config; there is no pickle.
 Licence of the weights: {license}.
 """
+
+
+def _numbers(config: dict[str, Any], name: str) -> str:
+    return ", ".join(f"{number:g}" for number in config["input"][name])
 
 
 def as_json(config: Any) -> dict[str, Any]:

@@ -123,6 +123,7 @@ class FeatureModel(nn.Module, hub.HubModel):
         for part in weights.parts - {"backbone", features}:
             weights = weights.without(part)
         loading.load_exactly(model, loading.resampled(weights, config.backbone))
+        model.remember(weights)
         return model.eval()
 
 
@@ -139,6 +140,7 @@ class ClassifierModel(Classifier, hub.HubModel):
         config = replace(weights.part("model", ModelConfig).backbone, **backbone)
         model = cls(HiViT(config), weights.part("classifier", ClassifierConfig))
         loading.load_exactly(model, loading.resampled(weights, config))
+        model.remember(weights)
         return model.eval()
 
 

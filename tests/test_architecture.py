@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "evaluate": {"errors", "data"},
     "show": {"errors", "data"},
     "weights": {"errors", "nn", "objectives", "heads", "engine"},
-    "hub": {"errors", "nn", "weights"},
+    "hub": {"errors", "nn", "objectives", "weights"},
     "models": {"errors", "nn", "objectives", "heads", "weights", "hub"},
     "timm": {"errors", "nn", "heads", "weights", "models"},
     "recipes": {"errors", "nn", "objectives", "heads", "data", "engine", "evaluate"},

@@ -11,8 +11,10 @@ from huggingface_hub import constants as hub_constants
 import itpn
 from itpn.errors import UserError
 from itpn.heads.classify import ClassifierConfig
+from itpn.hub import as_json
 from itpn.models import ClassifierModel, FeatureModel
 from itpn.nn.hivit import HiViT
+from itpn.nn.pyramid import Model
 from itpn.weights import files
 from tests.toys import toy_backbone, toy_model
 
@@ -141,3 +143,16 @@ def test_what_a_model_gives_is_saved_with_it(tmp_path, features, num_levels):
     model.save_pretrained(tmp_path)
     for again in (itpn.load(tmp_path), type(model).from_pretrained(tmp_path)):
         assert (again.features, again.num_levels) == (features, num_levels)
+
+
+def test_normalisation_and_origin_are_kept(tmp_path):
+    """A converted student of CLIP: its images had a mean of 0.5."""
+    model = toy_model()
+    config = {"model": as_json(model), "objective": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+    source = {"file": "theirs.pth", "sha256": "0" * 64, "family": "official-clip", "left_out": {}}
+    files.save(tmp_path / "a.safetensors", Model(model).state_dict(), config, source)
+    itpn.load(tmp_path / "a.safetensors").save_pretrained(tmp_path / "folder")
+    again = itpn.load(tmp_path / "folder")
+    assert (again.mean, again.std, again.source) == ((0.5,) * 3, (0.25,) * 3, source)
+    card = (tmp_path / "folder/README.md").read_text()
+    assert "mean 0.5, 0.5, 0.5 and deviation 0.25" in card and "theirs.pth (official-clip)" in card

@@ -153,13 +153,14 @@ def _save(model: FeatureModel | ClassifierModel, weights: Weights, path: Path) -
     """The part's tensors in the precision that they have there, and what the config says of them."""
     tensors = loading.resampled(weights, model.backbone.config).tensors
     config = model.file_config()
-    if "objective" in weights.config:  # it has mean and std
-        config["objective"] = weights.config["objective"]
+    for name in ("input", "objective"):  # they have mean and std
+        if name in weights.config:
+            config[name] = weights.config[name]
     files.save(path, {name: tensors[name] for name in model.state_dict()}, config, weights.source)
 
 
 def _metadata(job: Job, channels: int, size: Size) -> dict[str, object]:
-    objective = job.weights.config.get("objective", {})
+    objective = job.weights.config.get("input") or job.weights.config.get("objective", {})
     mean, std = (list(objective.get(name, own)) for name, own in (("mean", models.MEAN), ("std", models.STD)))
     metadata: dict[str, object] = {
         "written_by": f"itpn {__version__}",
