@@ -214,9 +214,14 @@ def config_of(recipe: Any) -> dict[str, Any]:
 def _completed(config: dict[str, Any]) -> dict[str, Any]:
     """A run's config with the defaults of fields that came after it; as it is if it does not fit any more."""
     try:
-        return config_of(files.structured(config, Pretrain))
+        recipe = files.structured(config, Pretrain)
     except UserError:
         return config
+    backbone = recipe.model.backbone
+    usual = replace(backbone, mlp_ratio=None)
+    if usual.stage3_mlp_ratio == backbone.mlp_ratio:  # which used to be written out
+        recipe = replace(recipe, model=replace(recipe.model, backbone=usual))
+    return config_of(recipe)
 
 
 def _plain(value: Any) -> Any:

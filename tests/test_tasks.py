@@ -16,9 +16,9 @@ from itpn.engine.schedule import CosineConfig
 from itpn.errors import UserError
 from itpn.evaluate.knn import KnnConfig
 from itpn.nn.pyramid import Model, ModelConfig
-from itpn.recipes.pretrain import Pretrain
+from itpn.recipes.pretrain import Pretrain, demo
 from itpn.show.curves import read_metrics
-from itpn.tasks import build, config_of, pretrain
+from itpn.tasks import _completed, build, config_of, pretrain
 from itpn.weights import files
 from tests.toys import toy_objective
 
@@ -176,3 +176,11 @@ def test_demo_from_nothing_to_pictures(tmp_path, capsys):
     assert (tmp_path / "demo/run/pictures/reconstruction-0001.png").is_file()
     assert cli.main(arguments) == 0
     assert "is finished" in capsys.readouterr().out
+
+
+def test_a_ratio_that_used_to_be_written_out_is_no_change():
+    config = config_of(demo())
+    config["model"]["backbone"]["mlp_ratio"] = 4.0
+    assert _completed(config) == config_of(demo())
+    config["model"]["backbone"]["mlp_ratio"] = 3.0
+    assert _completed(config)["model"]["backbone"]["mlp_ratio"] == 3.0
