@@ -133,7 +133,7 @@ def read_onnx(path: Path) -> Run:
         UserError: the extra itpn[onnx] is not installed.
     """
     need_onnx()
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime  # type: ignore[import-untyped]  # it has no types
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]

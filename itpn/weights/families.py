@@ -183,7 +183,7 @@ def _backbone(
     relative_size = patch_size * (relative + 1) // 2 if relative else image_size
     layers = "fast" if family.style == "fast" else "hivit"
     heads = _num_heads(width, table, rows) if given.num_heads is None else given.num_heads
-    shape = Shape(width, depths, heads, layers)  # type: ignore[arg-type]
+    shape = Shape(width, depths, heads, layers)  # type: ignore[arg-type]  # three of them
     size = next((name for name, row in SIZES.items() if row == shape), None)
     numbers = {"size": size} if size else dict(shape._asdict())
     return HiViTConfig(

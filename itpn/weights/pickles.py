@@ -179,12 +179,12 @@ class Placeholder:
 class _PlaceholderDict:
     """The same for kinds of dict; torch fills no others than its own."""
 
-    def __new__(cls, *_: object) -> OrderedDict[Any, Any]:  # type: ignore[misc]
+    def __new__(cls, *_: object) -> OrderedDict[Any, Any]:  # type: ignore[misc]  # not an instance, on purpose
         return OrderedDict()
 
 
 class _PlaceholderList:
-    def __new__(cls, *_: object) -> list[Any]:  # type: ignore[misc]
+    def __new__(cls, *_: object) -> list[Any]:  # type: ignore[misc]  # likewise
         return []
 
 
