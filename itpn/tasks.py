@@ -212,7 +212,8 @@ def config_of(recipe: Any) -> dict[str, Any]:
 
 
 def _completed(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's config with the defaults of fields that came after it; as it is if it does not fit any more."""
+    """A config in this version's form, with the defaults of fields that came after it; as it is if it does
+    not fit any more."""
     try:
         recipe = files.structured(config, Pretrain)
     except UserError:

@@ -23,7 +23,7 @@ class Run:
         config: the whole run as JSON-able values.
         free: dotted names of fields and groups of fields that may change while it lasts.
         force: go on whatever else has changed.
-        completed: a config that an earlier version wrote, with the fields that came since.
+        completed: a config, perhaps an earlier version's, in this version's form.
 
     Raises:
         UserError: the directory cannot be written, is in use, or began with another config.
@@ -43,8 +43,8 @@ class Run:
         self.config: dict[str, Any] = json.loads(json.dumps(config))
         self.console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not world.is_main)
         if world.is_main:
-            before = completed(self._prepare())
-            changes = list(differences(before, self.config))
+            before = self._prepare()
+            changes = list(differences(completed(before), completed(self.config)))
             self._accept(changes, [name for name, *_ in changes if not _is_within(name, free)])
 
     @property
