@@ -19,7 +19,7 @@ from itpn.nn.pyramid import Model, ModelConfig
 from itpn.objectives.distill import DistillConfig
 from itpn.recipes.pretrain import Pretrain
 from itpn.show.curves import read_metrics
-from itpn.tasks import pretrain
+from itpn.tasks.pretrain import pretrain
 from itpn.weights import files
 from tests.toys import toy_model, toy_objective
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from itpn.recipes.pretrain import demo
-from itpn.tasks import build, config_of
+from itpn.tasks.pretrain import build, config_of
 from itpn.weights import files
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ from itpn.evaluate.knn import KnnConfig
 from itpn.nn.pyramid import Model, ModelConfig
 from itpn.recipes.pretrain import Pretrain, demo
 from itpn.show.curves import read_metrics
-from itpn.tasks import _completed, build, config_of, pretrain
+from itpn.tasks.pretrain import _completed, build, config_of, pretrain
 from itpn.weights import files
 from tests.toys import toy_objective
 

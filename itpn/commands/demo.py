@@ -13,7 +13,7 @@ from itpn.commands.reconstruct import run as reconstruct
 from itpn.data.sample_data import write_imagefolder
 from itpn.recipes.lookup import find, load
 from itpn.show.curves import read_metrics
-from itpn.tasks import pretrain
+from itpn.tasks.pretrain import pretrain
 from itpn.weights import files
 
 

@@ -15,7 +15,7 @@ from itpn.data.picture import Picture, open_picture
 from itpn.data.transforms import center_crop
 from itpn.engine.distributed import DeviceName, choose_device
 from itpn.errors import UserError
-from itpn.tasks import load_objective, picture_of
+from itpn.tasks.pretrain import load_objective, picture_of
 
 
 @dataclass(frozen=True, kw_only=True)

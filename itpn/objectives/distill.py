@@ -19,7 +19,7 @@ from itpn.nn.positions import Relative, relative_index
 from itpn.nn.pyramid import Model, ModelConfig
 from itpn.objectives.decoder import DecoderConfig, LevelEmbeds, mean_over_hidden
 from itpn.objectives.masking import BlockMasking
-from itpn.objectives.normalise import Normalise
+from itpn.nn.normalise import Normalise
 from itpn.objectives.teacher import Teacher, TeacherConfig
 
 Loss = Literal["smooth-l1", "cosine", "cross-entropy"]

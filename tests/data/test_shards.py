@@ -33,7 +33,7 @@ from itpn.errors import UserError
 from itpn.evaluate.knn import KnnConfig, knn
 from itpn.recipes.pretrain import Pretrain
 from itpn.show.curves import read_metrics
-from itpn.tasks import pretrain
+from itpn.tasks.pretrain import pretrain
 from itpn.weights import files
 from tests.toys import toy_objective
 

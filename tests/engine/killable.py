@@ -104,7 +104,7 @@ class Traps:
 
 
 def install(traps: Traps) -> None:
-    from itpn import tasks
+    from itpn.tasks import pretrain as tasks
     from itpn.engine import checkpoint
     from itpn.objectives.pixel import PixelObjective
 

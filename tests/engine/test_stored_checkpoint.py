@@ -9,7 +9,7 @@ import pytest
 
 from itpn.engine import checkpoint
 from itpn.recipes.pretrain import Pretrain
-from itpn.tasks import pretrain
+from itpn.tasks.pretrain import pretrain
 from itpn.weights import files
 from tests.engine.processes import losses, write_images
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from itpn.recipes.pretrain import mmpretrain_pixel
-from itpn.tasks import build
+from itpn.tasks.pretrain import build
 from itpn.weights.files import MODEL_PARTS
 from itpn.weights.names import to_ours
 
