@@ -21,7 +21,7 @@ from torch import Tensor
 from itpn.bench.photographs import QUALITY, sizes_of, write_photographs
 from itpn.commands.arguments import parse
 from itpn.data.images import ImageList, find_images
-from itpn.data.picture import BadImageError, Box, load_image, open_picture, orientation
+from itpn.data.picture import BadImageError, Box, Size, load_image, open_picture, orientation
 from itpn.data.randomness import generator
 from itpn.data.transforms import random_crop_box, random_resized_crop_flip
 from itpn.errors import UserError
@@ -157,12 +157,13 @@ def measure_all(files: dict[str, list[Path]], options: Options) -> dict[str, Res
 
 def measure(paths: list[Path], options: Options, advance: Callable[[int], None]) -> Result:
     """Both ways in turn, a few images each, so that neither gets the better moments of the machine."""
-    plain_way = PlainWay(options.image_size)
+    size = (options.image_size, options.image_size)
+    plain_way = PlainWay(size)
 
     def ours(sample: Sample) -> Tensor:
         with open_picture(sample.path) as picture:
             return random_resized_crop_flip(
-                picture, options.image_size, min_scale=MIN_SCALE, flip=FLIP, generator=sample.generator()
+                picture, size, min_scale=MIN_SCALE, flip=FLIP, generator=sample.generator()
             )
 
     differences: list[float] = []
@@ -199,7 +200,7 @@ def drawn(path: Path, epoch: int, index: int) -> Sample:
 class PlainWay:
     """What most training code does: the whole image by Pillow, then torchvision's published transforms."""
 
-    def __init__(self, image_size: int) -> None:
+    def __init__(self, image_size: Size) -> None:
         try:
             from torchvision.transforms import v2
         except ImportError as error:

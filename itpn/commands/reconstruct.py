@@ -11,7 +11,7 @@ from torch import Tensor
 
 from itpn.commands.arguments import parse
 from itpn.data.images import find_images
-from itpn.data.picture import Picture, open_picture
+from itpn.data.picture import Picture, Size, open_picture
 from itpn.data.transforms import center_crop
 from itpn.engine.distributed import DeviceName, choose_device
 from itpn.errors import UserError
@@ -49,8 +49,8 @@ def run(arguments: list[str]) -> None:
     pictures = [picture for given in options.images for picture in _pictures(given, options.num)]
     if not pictures:
         raise UserError("itpn reconstruct: name one or more images, or a folder of images, after the run")
-    size = objective.model.backbone.config.image_size
-    pixels = torch.stack([_pixels(opened, size) for _, opened in pictures]).to(device)
+    side = objective.model.backbone.config.image_size
+    pixels = torch.stack([_pixels(opened, (side, side)) for _, opened in pictures]).to(device)
     generator = torch.Generator().manual_seed(options.seed)
     picture = picture_of(objective, pixels, generator, [name for name, _ in pictures])
     try:
@@ -72,6 +72,6 @@ def _pictures(given: Path, num: int) -> list[tuple[str, AbstractContextManager[P
     return [(found.name(i).name, found.open(i)) for i in chosen]
 
 
-def _pixels(opened: AbstractContextManager[Picture], size: int) -> Tensor:
+def _pixels(opened: AbstractContextManager[Picture], size: Size) -> Tensor:
     with opened as picture:
         return center_crop(picture.decode(), size)

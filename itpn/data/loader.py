@@ -16,10 +16,10 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from itpn.data.picture import BadImageError
+from itpn.data.picture import BadImageError, Size
 from itpn.data.randomness import generator, replacement
 from itpn.data.source import Images
-from itpn.data.transforms import center_crop, jittered, random_resized_crop_flip
+from itpn.data.transforms import CROP_RATIO, center_crop, jittered, random_resized_crop_flip
 from itpn.errors import UserError, printable
 
 Batch = dict[str, Tensor]
@@ -76,7 +76,7 @@ def train_loader(
     images: Images,
     config: DataConfig,
     *,
-    image_size: int,
+    image_size: Size,
     draw: Draw,
     seed: int,
     batch_size: int,
@@ -98,8 +98,9 @@ def train_loader(
         micro_batch: Images per rank and micro-step.
 
     Yields:
-        images uint8 [b, 3, S, S], index and epoch long [b], and the drawn tensors [b, …]. `index` is that of
-        the image shown, so a replaced one has its replacement's.
+        images uint8 [b, 3, H, W], index and epoch long [b], labels long [b] where the images have them, and
+        the drawn tensors [b, …]. `index` and label are those of the image shown, so a replaced one has its
+        replacement's.
     """
     order = MicroBatches(images, seed, batch_size, micro_batch, rank, world_size, start_step)
     samples = TrainSamples(images, config, image_size, draw, seed)
@@ -110,7 +111,8 @@ def train_loader(
 def eval_loader(
     images: Images,
     *,
-    image_size: int,
+    image_size: Size,
+    crop_ratio: float = CROP_RATIO,
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
@@ -120,13 +122,16 @@ def eval_loader(
 ) -> Iterator[Batch]:
     """Every image exactly once over all ranks: r, r + world_size, … on rank r; the last batch may be smaller.
 
+    Args:
+        crop_ratio: Share of the scaled image's sides that its central crop covers; see `crop_ratio_of`.
+
     Yields:
-        images uint8 [b, 3, S, S], index and labels long [b]. The label is -1 where there is none or the
+        images uint8 [b, 3, H, W], index and labels long [b]. The label is -1 where there is none or the
         image cannot be read (its pixels are then 0), so that such an image counts as wrong.
     """
     mine = range(rank, len(images), world_size)
     order = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    loader = _data_loader(EvalSamples(images, image_size), order, workers, device)
+    loader = _data_loader(EvalSamples(images, image_size, crop_ratio), order, workers, device)
     return _reporting(loader, images, on_bad or _named_once_on_stderr())
 
 
@@ -166,7 +171,7 @@ class TrainSamples(Dataset[Loaded]):
     The batch is None when too many images in a row could not be read.
     """
 
-    def __init__(self, images: Images, config: DataConfig, image_size: int, draw: Draw, seed: int) -> None:
+    def __init__(self, images: Images, config: DataConfig, image_size: Size, draw: Draw, seed: int) -> None:
         self.images, self.config, self.image_size = images, config, image_size
         self.draw, self.seed = draw, seed
 
@@ -193,7 +198,10 @@ class TrainSamples(Dataset[Loaded]):
                 draws = generator(self.seed, epoch, index, "colour")
                 pixels = jittered(pixels, self.config.colour_jitter, draws)
             drawn = self.draw(generator(self.seed, epoch, index, "draw"))
-            return {"images": pixels, "index": torch.tensor(shown), "epoch": torch.tensor(epoch), **drawn}
+            sample = {"images": pixels, "index": torch.tensor(shown), "epoch": torch.tensor(epoch)}
+            if self.images.labels is not None:
+                sample["labels"] = self.images.labels[shown]
+            return sample | drawn
         return None
 
     def _pixels(self, epoch: int, index: int, shown: int) -> Tensor:
@@ -210,18 +218,18 @@ class TrainSamples(Dataset[Loaded]):
 class EvalSamples(Dataset[Loaded]):
     """Maps the indices of a batch to the batch and what could not be read."""
 
-    def __init__(self, images: Images, image_size: int) -> None:
-        self.images, self.image_size = images, image_size
+    def __init__(self, images: Images, image_size: Size, crop_ratio: float = CROP_RATIO) -> None:
+        self.images, self.image_size, self.crop_ratio = images, image_size, crop_ratio
 
     def __getitem__(self, indices: Sequence[int]) -> Loaded:
         index = torch.tensor(indices)
-        pixels = torch.zeros(len(indices), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        pixels = torch.zeros(len(indices), 3, *self.image_size, dtype=torch.uint8)
         labels = torch.full_like(index, -1) if self.images.labels is None else self.images.labels[index]
         bad: BadImages = []
         for row, i in enumerate(indices):
             try:
                 with self.images.open(i) as picture:
-                    pixels[row] = center_crop(picture.decode(), self.image_size)
+                    pixels[row] = center_crop(picture.decode(), self.image_size, self.crop_ratio)
             except BadImageError as error:
                 bad.append((i, error.reason))
                 labels[row] = -1

@@ -45,6 +45,8 @@ _SIDEWAYS = (5, 6, 7, 8)
 
 Box = tuple[int, int, int, int]
 """Left, top, width, height in pixels."""
+Size = tuple[int, int]
+"""Height, width in pixels."""
 
 
 class BadImageError(UserError):
@@ -85,19 +87,20 @@ class Picture:
         with blame(self._path):
             return self._upright(_rgb(self._image))
 
-    def cut(self, box: Box, size: int) -> Tensor:
-        """A box of the upright image, bicubic and antialiased, as uint8 [3, size, size].
+    def cut(self, box: Box, size: Size) -> Tensor:
+        """A box of the upright image, bicubic and antialiased, as uint8 [3, H, W].
 
         A JPEG is decoded at a quarter or an eighth if that leaves the box no smaller than the output.
         """
         with blame(self._path):
             left, top, width, height = self._raw_box(box)
-            factor = self._scale_down(min(width, height) // size)
+            raw_size = size[::-1] if self._orientation in _SIDEWAYS else size
+            factor = self._scale_down(min(height // raw_size[0], width // raw_size[1]))
             right, bottom = left + width, top + height
             x, y = left // factor, top // factor
             part = self._part((x, y, -(-right // factor), -(-bottom // factor)), factor)
         inner = left / factor - x, top / factor - y, right / factor - x, bottom / factor - y
-        return self._turned(_resized(part, inner, size)).contiguous()
+        return self._turned(_resized(part, inner, raw_size)).contiguous()
 
     def _scale_down(self, most: int) -> int:
         """Has a JPEG decoded at 1 / factor of its size; returns the factor, which is 1 for anything else.
@@ -256,15 +259,15 @@ def orientation(image: Image.Image) -> int | None:
         return None
 
 
-def _resized(part: NDArray[np.uint8], box: tuple[float, float, float, float], size: int) -> Tensor:
-    """A box of RGB pixels [h, w, 3] as [3, size, size]."""
+def _resized(part: NDArray[np.uint8], box: tuple[float, float, float, float], size: Size) -> Tensor:
+    """A box of RGB pixels [h, w, 3] as [3, H, W]."""
     height, width, _ = part.shape
     if box != (0, 0, width, height):
-        image = Image.fromarray(part).resize((size, size), Image.Resampling.BICUBIC, box=box)
+        image = Image.fromarray(part).resize(size[::-1], Image.Resampling.BICUBIC, box=box)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     # In a third of Pillow's time, but from whole pixels only.
     images = torch.from_numpy(part).permute(2, 0, 1).unsqueeze(0)
-    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)[0]
+    return F.interpolate(images, size=size, mode="bicubic", antialias=True)[0]
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -1,4 +1,4 @@
-"""From an image to a uint8 tensor [3, S, S]: the random crop of training, the central one of evaluation."""
+"""From an image to a uint8 tensor [3, H, W]: the random crop of training, the central one of evaluation."""
 
 import math
 
@@ -7,16 +7,19 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from itpn.data.picture import Box, Picture
+from itpn.data.picture import Box, Picture, Size
 
 ASPECT = (3 / 4, 4 / 3)
 """Smallest and largest width / height of a random crop."""
 
 TRIES = 10
 
+CROP_RATIO = 224 / 256
+"""Share of the scaled image's sides that the central crop of evaluation covers, up to 224 pixels."""
+
 
 def random_resized_crop_flip(
-    picture: Picture, size: int, *, min_scale: float, flip: float, generator: Generator
+    picture: Picture, size: Size, *, min_scale: float, flip: float, generator: Generator
 ) -> Tensor:
     """A random crop of `min_scale` to all of the area, bicubic, mirrored with probability `flip`."""
     box = random_crop_box(*picture.size, min_scale, generator)
@@ -57,15 +60,23 @@ def jittered(pixels: Tensor, strength: float, generator: Generator) -> Tensor:
     return pixels
 
 
-def center_crop(image: Image.Image, size: int, ratio: float = 224 / 256) -> Tensor:
-    """The shorter side resized (bicubic) to size / ratio, then the central pixels, uint8 [3, size, size]."""
-    shorter = int(size / ratio)
-    width, height = (int(shorter * side / min(image.size)) for side in image.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
+def crop_ratio_of(size: Size) -> float:
+    """What is published for a size: all of the image above 224 pixels, else `CROP_RATIO`."""
+    return CROP_RATIO if max(size) <= 224 else 1.0
+
+
+def center_crop(image: Image.Image, size: Size, crop_ratio: float = CROP_RATIO) -> Tensor:
+    """The image scaled (bicubic) to cover size / crop_ratio, then the central pixels, uint8 [3, H, W]."""
+    (H, W), (height, width) = size, (int(side / crop_ratio) for side in size)
+    if width * image.height >= height * image.width:
+        height = int(width * image.height / image.width)
+    else:
+        width = int(height * image.width / image.height)
+    left, top = round((width - W) / 2), round((height - H) / 2)
     # Only the central pixels are computed: of a very long image the whole would not fit in memory.
     across, down = image.width / width, image.height / height
-    box = left * across, top * down, (left + size) * across, (top + size) * down
-    return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    box = left * across, top * down, (left + W) * across, (top + H) * down
+    return to_tensor(image.resize((W, H), Image.Resampling.BICUBIC, box=box))
 
 
 def to_tensor(image: Image.Image) -> Tensor:

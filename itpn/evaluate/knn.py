@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from itpn.data.loader import Batch, eval_loader
-from itpn.data.picture import BadImageError
+from itpn.data.picture import BadImageError, Size
 from itpn.data.source import Images
 from itpn.errors import UserError
 
@@ -65,7 +65,7 @@ def knn(
     val: Images,
     config: KnnConfig,
     *,
-    image_size: int,
+    image_size: Size,
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from itpn.data.images import find_images
 from itpn.data.loader import Batch, steps_per_epoch, train_loader
-from itpn.data.picture import BadImageError
+from itpn.data.picture import BadImageError, Size
 from itpn.data.source import Images
 from itpn.data.transforms import center_crop
 from itpn.engine import checkpoint, replay
@@ -249,7 +249,7 @@ def _batches(
     return train_loader(
         images,
         recipe.data,
-        image_size=recipe.model.backbone.image_size,
+        image_size=_image_size(recipe),
         draw=objective.draw,
         seed=recipe.loop.seed,
         batch_size=recipe.loop.batch_size,
@@ -260,6 +260,11 @@ def _batches(
         device=world.device,
         on_bad=None if bad is None else partial(_replaced, bad),
     )
+
+
+def _image_size(recipe: Pretrain) -> Size:
+    side = recipe.model.backbone.image_size
+    return side, side
 
 
 def _replaced(bad: BadFiles, error: BadImageError) -> None:
@@ -273,7 +278,7 @@ def _pictured(recipe: Pretrain, images: Images) -> Tensor:
     pixels: list[Tensor] = []
     for i in torch.linspace(0, len(images) - 1, min(NUM_PICTURED, len(images))).long().tolist():
         with contextlib.suppress(BadImageError), images.open(i) as picture:
-            pixels.append(center_crop(picture.decode(), recipe.model.backbone.image_size))
+            pixels.append(center_crop(picture.decode(), _image_size(recipe)))
     return torch.stack(pixels) if pixels else torch.empty(0)
 
 
@@ -329,7 +334,7 @@ def _knn(recipe: Pretrain, images: Images, objective: Objective, world: World, b
             train_images,
             val_images,
             recipe.knn,
-            image_size=recipe.model.backbone.image_size,
+            image_size=_image_size(recipe),
             device=world.device,
             rank=world.rank,
             world_size=world.size,

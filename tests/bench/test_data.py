@@ -22,12 +22,12 @@ def written(path: Path, size: tuple[int, int] = (120, 90), **options: object) ->
 
 def test_both_ways_load_the_crops_that_training_draws(tmp_path: Path) -> None:
     path = written(tmp_path / "x.png")
-    plain_way = PlainWay(32)
+    plain_way = PlainWay((32, 32))
     for index in range(8):
         sample = drawn(path, 1, index)
         with open_picture(path) as picture:
             ours = random_resized_crop_flip(
-                picture, 32, min_scale=0.2, flip=0.5, generator=sample.generator()
+                picture, (32, 32), min_scale=0.2, flip=0.5, generator=sample.generator()
             )
         plain = plain_way(sample)
         assert plain.shape == ours.shape and plain.dtype == ours.dtype == torch.uint8
@@ -42,7 +42,7 @@ def test_the_plain_way_is_torchvisions_transform(tmp_path: Path) -> None:
         Image.open(path), top, left, height, width, [16, 16], InterpolationMode.BICUBIC
     )
     image = v2.functional.horizontal_flip(image) if sample.mirrored else image
-    assert torch.equal(PlainWay(16)(sample), v2.functional.pil_to_tensor(image))
+    assert torch.equal(PlainWay((16, 16))(sample), v2.functional.pil_to_tensor(image))
 
 
 def test_figures_of_made_up_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,7 +62,7 @@ def test_what_can_be_read_is_read_as_documented(dirty: Path, name: str) -> None:
     assert np.abs(np.asarray(image).astype(int) - expected.colour).max() <= 10
     with open_picture(path) as picture:
         assert picture.size == expected.size
-        cut = picture.cut((0, 0, *picture.size), 8)
+        cut = picture.cut((0, 0, *picture.size), (8, 8))
     assert cut.shape == (3, 8, 8) and cut.dtype == torch.uint8
     assert (cut - torch.tensor(expected.colour)[:, None, None]).abs().max() <= 10
 
@@ -73,7 +73,7 @@ def test_what_cannot_be_read_says_why(dirty: Path, name: str) -> None:
 
     def cut() -> None:
         with open_picture(path) as picture:
-            picture.cut((0, 0, 1, 1), 8)
+            picture.cut((0, 0, 1, 1), (8, 8))
 
     for attempt in (partial(load_image, path), cut):
         with pytest.raises(BadImageError) as caught:
@@ -157,7 +157,7 @@ def test_training_replaces_them_and_evaluation_counts_them_wrong(dirty: Path) ->
         loader = train_loader(
             images,
             DataConfig(workers=workers),
-            image_size=8,
+            image_size=(8, 8),
             draw=nothing,
             seed=1,
             batch_size=len(images),
@@ -170,7 +170,7 @@ def test_training_replaces_them_and_evaluation_counts_them_wrong(dirty: Path) ->
         assert all(torch.equal(alone[key], apart[key]) for key in alone)
         assert bad.isdisjoint(alone["index"].tolist())
     labels = {}
-    for batch in eval_loader(images, image_size=8, batch_size=16, workers=0, on_bad=lambda error: None):
+    for batch in eval_loader(images, image_size=(8, 8), batch_size=16, workers=0, on_bad=lambda error: None):
         labels |= dict(zip(batch["index"].tolist(), batch["labels"].tolist(), strict=True))
     assert {i for i, label in labels.items() if label == -1} == bad and len(labels) == len(images)
 
@@ -184,7 +184,7 @@ def test_a_file_that_vanishes_is_replaced(tmp_path: Path) -> None:
     loader = train_loader(
         images,
         DataConfig(workers=0),
-        image_size=8,
+        image_size=(8, 8),
         draw=nothing,
         seed=0,
         batch_size=4,
@@ -275,7 +275,11 @@ def test_names_of_any_kind_are_found_and_shown_in_one_harmless_line(
     errors: list[str] = []
     list(
         eval_loader(
-            images, image_size=8, batch_size=4, workers=2, on_bad=lambda error: errors.append(error.path.name)
+            images,
+            image_size=(8, 8),
+            batch_size=4,
+            workers=2,
+            on_bad=lambda error: errors.append(error.path.name),
         )
     )
     assert sorted(errors) == sorted(Path(name).name for name in NAMES)

@@ -69,12 +69,12 @@ def decode(opened: Picture) -> None:
 
 
 def cut_all(opened: Picture) -> None:
-    assert opened.cut((0, 0, *opened.size), 4).shape == (3, 4, 4)
+    assert opened.cut((0, 0, *opened.size), (4, 4)).shape == (3, 4, 4)
 
 
 def cut_corner(opened: Picture) -> None:
     width, height = opened.size
-    assert opened.cut((0, 0, -(-width // 3), -(-height // 3)), 4).shape == (3, 4, 4)
+    assert opened.cut((0, 0, -(-width // 3), -(-height // 3)), (4, 4)).shape == (3, 4, 4)
 
 
 @settings(max_examples=400, deadline=None)

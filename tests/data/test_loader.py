@@ -46,8 +46,14 @@ def draw_mask(generator: torch.Generator) -> Batch:
 def batches(images: ImageList, count: int, workers: int = 0, **options: int) -> list[Batch]:
     arguments = {"seed": SEED, "batch_size": BATCH, "micro_batch": BATCH} | options
     config = DataConfig(workers=workers)
-    loader = train_loader(images, config, image_size=SIZE, draw=draw_mask, **arguments)  # type: ignore[arg-type]
+    loader = train_loader(images, config, image_size=(SIZE, SIZE), draw=draw_mask, **arguments)  # type: ignore[arg-type]
     return list(islice(loader, count))
+
+
+def unlabelled(images: ImageList) -> ImageList:
+    return ImageList(
+        root=images.root, names=images.names, labels=None, class_names=None, description="13 images"
+    )
 
 
 def joined(parts: list[Batch]) -> Batch:
@@ -103,9 +109,17 @@ def test_a_batch_has_the_promised_tensors(steps: list[Batch]) -> None:
         "images": ((BATCH, 3, SIZE, SIZE), torch.uint8),
         "index": ((BATCH,), torch.int64),
         "epoch": ((BATCH,), torch.int64),
+        "labels": ((BATCH,), torch.int64),
         "keep": ((BATCH, 1, 3), torch.int64),
         "drop": ((BATCH, 2), torch.float32),
     }
+
+
+def test_training_images_keep_their_labels(images: ImageList, steps: list[Batch]) -> None:
+    shown = joined(steps)
+    assert images.labels is not None
+    assert torch.equal(shown["labels"], images.labels[shown["index"]])
+    assert "labels" not in batches(unlabelled(images), 1)[0]
 
 
 def test_a_sample_changes_from_epoch_to_epoch_and_seed_to_seed(images: ImageList, steps: list[Batch]) -> None:
@@ -124,13 +138,13 @@ def test_a_sample_changes_from_epoch_to_epoch_and_seed_to_seed(images: ImageList
 def test_the_global_random_state_is_left_alone(images: ImageList, workers: int) -> None:
     before = torch.get_rng_state()
     batches(images, 2, workers)
-    list(eval_loader(images, image_size=SIZE, batch_size=4, workers=workers))
+    list(eval_loader(images, image_size=(SIZE, SIZE), batch_size=4, workers=workers))
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_workers_may_be_spawned(images: ImageList) -> None:
     draw_nothing = partial(dict.fromkeys, ())
-    samples = TrainSamples(images, DataConfig(), SIZE, draw_nothing, SEED)
+    samples = TrainSamples(images, DataConfig(), (SIZE, SIZE), draw_nothing, SEED)
     order = MicroBatches(images, SEED, BATCH, BATCH)
     loader = DataLoader(
         samples, batch_size=None, sampler=order, num_workers=1, multiprocessing_context="spawn"
@@ -145,7 +159,7 @@ def test_ctrl_c_does_not_reach_the_workers(images: ImageList, steps: list[Batch]
     loader = train_loader(
         images,
         DataConfig(workers=1),
-        image_size=SIZE,
+        image_size=(SIZE, SIZE),
         draw=draw_mask,
         seed=SEED,
         batch_size=BATCH,
@@ -169,8 +183,8 @@ def test_workers_die_with_a_killed_parent(class_folders: Path) -> None:
         from itpn.data.images import find_images
         from itpn.data.loader import DataConfig, train_loader
         images = find_images(Path(sys.argv[1]))
-        loader = train_loader(images, DataConfig(workers=2), image_size=16, draw=partial(dict.fromkeys, ()),
-                              seed=0, batch_size=4, micro_batch=4)
+        loader = train_loader(images, DataConfig(workers=2), image_size=(16, 16), seed=0, batch_size=4,
+                              micro_batch=4, draw=partial(dict.fromkeys, ()))
         next(loader)
         print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
         time.sleep(600)
@@ -215,7 +229,7 @@ def test_bad_images_are_replaced_the_same_way_everywhere(spoiled: ImageList) -> 
         loader = train_loader(
             spoiled,
             DataConfig(workers=workers),
-            image_size=SIZE,
+            image_size=(SIZE, SIZE),
             draw=draw_mask,
             seed=SEED,
             batch_size=BATCH,
@@ -230,6 +244,7 @@ def test_bad_images_are_replaced_the_same_way_everywhere(spoiled: ImageList) -> 
     shown, bad = runs[0]["index"], torch.isin(planned, torch.tensor([0, 5, 11]))
     assert bad.any() and not torch.isin(shown, torch.tensor([0, 5, 11])).any()
     assert torch.equal(shown[~bad], planned[~bad])
+    assert spoiled.labels is not None and torch.equal(runs[0]["labels"], spoiled.labels[shown])
 
 
 def test_a_bad_image_is_named_on_stderr_by_default(
@@ -272,7 +287,7 @@ def test_settings_out_of_range_are_named(field: dict[str, float]) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluation_sees_every_image_once(images: ImageList, workers: int, world_size: int) -> None:
-    options = {"image_size": SIZE, "batch_size": 4, "world_size": world_size, "workers": workers}
+    options = {"image_size": (SIZE, SIZE), "batch_size": 4, "world_size": world_size, "workers": workers}
     ranks = [list(eval_loader(images, rank=rank, **options)) for rank in range(world_size)]
     shown = joined([batch for rank in ranks for batch in rank])
     assert sorted(shown["index"].tolist()) == list(range(13))
@@ -284,7 +299,7 @@ def test_evaluation_sees_every_image_once(images: ImageList, workers: int, world
 def test_in_evaluation_a_bad_image_stays_and_has_no_label(spoiled: ImageList) -> None:
     heard: list[Path] = []
     loader = eval_loader(
-        spoiled, image_size=SIZE, batch_size=5, workers=0, on_bad=lambda bad: heard.append(bad.path)
+        spoiled, image_size=(SIZE, SIZE), batch_size=5, workers=0, on_bad=lambda bad: heard.append(bad.path)
     )
     shown = joined(list(loader))
     assert heard == [spoiled.path(i) for i in (0, 5, 11)]
@@ -294,10 +309,9 @@ def test_in_evaluation_a_bad_image_stays_and_has_no_label(spoiled: ImageList) ->
 
 
 def test_images_without_labels_can_be_evaluated(images: ImageList) -> None:
-    unlabelled = ImageList(
-        root=images.root, names=images.names, labels=None, class_names=None, description="13 images"
-    )
-    labels = joined(list(eval_loader(unlabelled, image_size=SIZE, batch_size=8, workers=0)))["labels"]
+    labels = joined(list(eval_loader(unlabelled(images), image_size=(SIZE, SIZE), batch_size=8, workers=0)))[
+        "labels"
+    ]
     assert (labels == -1).all()
 
 

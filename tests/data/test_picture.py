@@ -126,7 +126,7 @@ def test_a_multi_picture_jpeg_is_a_jpeg(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (64, 64), colour) for colour in ("black", "white")]
     path = saved(frames[0], tmp_path / "x.jpg", format="MPO", save_all=True, append_images=frames[1:])
     with open_picture(path) as opened:
-        assert np.asarray(opened.cut((0, 0, 64, 64), 16)).max() < 4
+        assert np.asarray(opened.cut((0, 0, 64, 64), (16, 16))).max() < 4
 
 
 def test_the_content_counts_not_the_suffix(tmp_path: Path) -> None:
@@ -145,8 +145,26 @@ def test_a_cut_is_a_crop_of_the_upright_image(tmp_path: Path, orientation: int, 
     width, height = upright.size
     for left, top in ((0, 0), (width - 20, 0), (0, height - 20), (7, 11)):
         with open_picture(path) as opened:
-            cut = opened.cut((left, top, 20, 20), 20).permute(1, 2, 0)
+            cut = opened.cut((left, top, 20, 20), (20, 20)).permute(1, 2, 0)
         assert np.array_equal(cut, np.asarray(upright)[top : top + 20, left : left + 20])
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(8, 24), (24, 8), (64, 24)])
+def test_a_cut_of_any_size_is_the_upright_crop_scaled(
+    tmp_path: Path, orientation: int, suffix: str, size: tuple[int, int]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    smooth = Image.fromarray(COLOURS).resize((301, 201), Image.Resampling.BICUBIC)
+    path = saved(smooth, tmp_path / f"x.{suffix}", exif=exif)
+    box = (21, 10, 150, 103)
+    crop = load_image(path).crop((21, 10, 171, 113))
+    expected = np.asarray(crop.resize(size[::-1], Image.Resampling.BICUBIC)).astype(int)
+    with open_picture(path) as opened:
+        cut = opened.cut(box, size).permute(1, 2, 0).numpy()
+    assert cut.shape == (*size, 3) and np.abs(cut - expected).mean() < 2
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
@@ -163,7 +181,7 @@ def test_a_scaled_decode_leaves_the_box_no_smaller_than_the_output(
     monkeypatch.setattr(picture, "_resized", lambda part, *a: shapes.append(part.shape) or resized(part, *a))
     with open_picture(path) as opened:
         width, height = opened.size
-        opened.cut((width - 200, height - 250, 200, 250), size)
+        opened.cut((width - 200, height - 250, 200, 250), (size, size))
     ((height, width, _),) = shapes
     assert round((200 * 250 / (height * width)) ** 0.5) == factor
     assert factor == 1 or min(height, width) >= size
@@ -179,7 +197,7 @@ def test_a_cut_of_a_jpeg_is_what_pillow_reads(tmp_path: Path, mode: str, size: i
     plain = load_image(path).crop((left, top, left + width, top + height))
     expected = np.asarray(plain.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
     with open_picture(path) as opened:
-        cut = opened.cut(box, size).permute(1, 2, 0).numpy()
+        cut = opened.cut(box, (size, size)).permute(1, 2, 0).numpy()
     assert np.abs(cut - expected).mean() < 1
 
 
@@ -198,7 +216,7 @@ def test_an_odd_jpeg_is_left_to_pillow(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(simplejpeg, "decode_jpeg", spied)
     data = path.read_bytes()
     with open_bytes(data[:-2] + bytes(9) + data[-2:], path) as odd, open_bytes(data, path) as plain:
-        assert torch.equal(odd.cut((0, 0, 64, 64), 64), plain.cut((0, 0, 64, 64), 64))
+        assert torch.equal(odd.cut((0, 0, 64, 64), (64, 64)), plain.cut((0, 0, 64, 64), (64, 64)))
     assert len(refused) == 1
 
 
@@ -209,7 +227,7 @@ def test_the_fast_decoder_gets_no_other_size_than_was_checked(
     monkeypatch.setattr(simplejpeg, "decode_jpeg_header", lambda *a, **o: (60_000, 60_000, "YCbCr", "420"))
     monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *a, **o: pytest.fail("decoded"))
     with open_picture(path) as opened:
-        assert opened.cut((0, 0, 8, 6), 6).shape == (3, 6, 6)
+        assert opened.cut((0, 0, 8, 6), (6, 6)).shape == (3, 6, 6)
 
 
 def test_bytes_are_read_as_files_are(tmp_path: Path) -> None:
@@ -219,7 +237,7 @@ def test_bytes_are_read_as_files_are(tmp_path: Path) -> None:
     for data, reason in ((b"", "empty"), (jpeg()[:1000], "truncated")):
         refused = pytest.raises(BadImageError, match=rf"a\.tar/x\.jpg: .*{reason}")
         with refused, open_bytes(data, Path("a.tar/x.jpg")) as opened:
-            opened.cut((0, 0, 64, 64), 64)
+            opened.cut((0, 0, 64, 64), (64, 64))
 
 
 def test_broken_exif_does_not_spoil_a_sound_image(tmp_path: Path) -> None:
@@ -275,4 +293,4 @@ def test_scaling_a_sound_image_cannot_be_the_files_fault(
     path = saved(Image.fromarray(COLOURS), tmp_path / "x.png")
     monkeypatch.setattr(picture, "_resized", fail)
     with open_picture(path) as opened, pytest.raises(RuntimeError, match="not enough memory"):
-        opened.cut((0, 0, 8, 6), 4)
+        opened.cut((0, 0, 8, 6), (4, 4))

@@ -254,7 +254,7 @@ def draw(generator: torch.Generator) -> Batch:
 def batches(images: Images, count: int, workers: int = 0, **options: int) -> list[Batch]:
     arguments = {"seed": SEED, "batch_size": BATCH, "micro_batch": BATCH} | options
     config = DataConfig(workers=workers)
-    loader = train_loader(images, config, image_size=SIZE, draw=draw, **arguments)  # type: ignore[arg-type]
+    loader = train_loader(images, config, image_size=(SIZE, SIZE), draw=draw, **arguments)  # type: ignore[arg-type]
     return list(islice(loader, count))
 
 
@@ -293,7 +293,7 @@ def test_batches_are_the_same_for_any_workers_ranks_and_start(
 
 
 def test_workers_may_be_spawned(images: Images, steps: list[Batch]) -> None:
-    samples = TrainSamples(images, DataConfig(), SIZE, draw, SEED)
+    samples = TrainSamples(images, DataConfig(), (SIZE, SIZE), draw, SEED)
     loader: DataLoader[tuple[Batch, list[int]]] = DataLoader(
         samples,  # type: ignore[arg-type]
         batch_size=None,
@@ -307,7 +307,7 @@ def test_workers_may_be_spawned(images: Images, steps: list[Batch]) -> None:
 
 
 def test_evaluation_sees_every_image_with_its_label(images: Images) -> None:
-    shown = list(eval_loader(images, image_size=SIZE, batch_size=5, workers=2))
+    shown = list(eval_loader(images, image_size=(SIZE, SIZE), batch_size=5, workers=2))
     index = torch.cat([batch["index"] for batch in shown])
     assert sorted(index.tolist()) == list(range(13)) and images.labels is not None
     assert torch.equal(torch.cat([batch["labels"] for batch in shown]), images.labels[index])
@@ -355,8 +355,8 @@ def test_unreadable_images_in_shards_are_replaced_and_named(tmp_path: Path) -> N
     )
     heard: set[str] = set()
     loader = train_loader(
-        find_images(tmp_path), DataConfig(workers=0), image_size=SIZE, draw=draw, seed=0, batch_size=8,
-        micro_batch=8, on_bad=lambda bad: heard.add(str(bad.path)),
+        find_images(tmp_path), DataConfig(workers=0), image_size=(SIZE, SIZE), draw=draw, seed=0,
+        batch_size=8, micro_batch=8, on_bad=lambda bad: heard.add(str(bad.path)),
     )  # fmt: skip
     shown = torch.cat([batch["index"] for batch in islice(loader, 4)])
     assert heard == {"a.tar/0.jpg", "a.tar/4.jpg", "a.tar/8.jpg"}
@@ -383,7 +383,9 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_knn_on_shards_equals_knn_on_folders(sample: tuple[Path, Path]) -> None:
-    run = partial(knn, features, config=KnnConfig(k=5), image_size=32, device=torch.device("cpu"), workers=0)
+    run = partial(
+        knn, features, config=KnnConfig(k=5), image_size=(32, 32), device=torch.device("cpu"), workers=0
+    )
     folder, shards = (run(train=find_images(root), val=find_images(root, "val")) for root in sample)
     assert folder == shards and 0 < shards["knn_top5"] < 1
 

@@ -11,7 +11,15 @@ from torchvision.transforms.v2 import functional
 
 from itpn.data.picture import open_picture
 from itpn.data.randomness import generator
-from itpn.data.transforms import center_crop, jittered, random_crop_box, random_resized_crop_flip, to_tensor
+from itpn.data.transforms import (
+    CROP_RATIO,
+    center_crop,
+    crop_ratio_of,
+    jittered,
+    random_crop_box,
+    random_resized_crop_flip,
+    to_tensor,
+)
 
 
 def smooth(width: int, height: int, detail: int = 8) -> Image.Image:
@@ -23,27 +31,30 @@ def smooth(width: int, height: int, detail: int = 8) -> Image.Image:
     return small.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def crop_of(path: Path, size: int, index: int, flip: float = 0.0) -> torch.Tensor:
+def crop_of(path: Path, size: tuple[int, int], index: int, flip: float = 0.0) -> torch.Tensor:
     with open_picture(path) as picture:
         draws = generator(0, 0, index, "crop")
         return random_resized_crop_flip(picture, size, min_scale=0.2, flip=flip, generator=draws)
 
 
-def published_crop(image: Image.Image, size: int, index: int) -> torch.Tensor:
+def published_crop(image: Image.Image, size: tuple[int, int], index: int) -> torch.Tensor:
     left, top, width, height = random_crop_box(*image.size, 0.2, generator(0, 0, index, "crop"))
-    crop = functional.resized_crop(image, top, left, height, width, [size, size], InterpolationMode.BICUBIC)
+    crop = functional.resized_crop(image, top, left, height, width, list(size), InterpolationMode.BICUBIC)
     return to_tensor(crop)
 
 
 @pytest.mark.parametrize(("width", "height"), [(120, 90), (40, 300), (8, 5), (1, 1), (1, 50)])
-def test_crop_and_resize_is_torchvisions(tmp_path: Path, width: int, height: int) -> None:
+@pytest.mark.parametrize("size", [(32, 32), (16, 48)])
+def test_crop_and_resize_is_torchvisions(
+    tmp_path: Path, width: int, height: int, size: tuple[int, int]
+) -> None:
     image = smooth(width, height)
     image.save(tmp_path / "x.png")
     for index in range(8):
-        ours, theirs = crop_of(tmp_path / "x.png", 32, index), published_crop(image, 32, index)
+        ours, theirs = crop_of(tmp_path / "x.png", size, index), published_crop(image, size, index)
         difference = (ours.int() - theirs.int()).abs()
         # Weights of 16 bits, of torch and of Pillow.
-        assert difference.max() <= 1 and difference.float().mean() < 0.3
+        assert difference.max() <= 2 and difference.float().mean() < 0.3
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -54,16 +65,16 @@ def test_a_scaled_jpeg_looks_the_same(tmp_path: Path, orientation: int) -> None:
     with open_picture(tmp_path / "x.jpg") as picture:
         image = picture.decode()
     for index in range(8):
-        ours, theirs = crop_of(tmp_path / "x.jpg", 64, index), published_crop(image, 64, index)
+        ours, theirs = crop_of(tmp_path / "x.jpg", (64, 64), index), published_crop(image, (64, 64), index)
         assert (ours.float() - theirs.float()).abs().mean() < 1.0
 
 
 def test_flipping_mirrors_the_same_crop(tmp_path: Path) -> None:
     smooth(60, 40).save(tmp_path / "x.png")
-    plain, mirrored = (crop_of(tmp_path / "x.png", 16, 3, flip=flip) for flip in (0.0, 1.0))
+    plain, mirrored = (crop_of(tmp_path / "x.png", (16, 16), 3, flip=flip) for flip in (0.0, 1.0))
     assert torch.equal(plain.flip(-1), mirrored) and not torch.equal(plain, mirrored)
     flips = [
-        torch.equal(crop_of(tmp_path / "x.png", 4, i), crop_of(tmp_path / "x.png", 4, i, 0.5))
+        torch.equal(crop_of(tmp_path / "x.png", (4, 4), i), crop_of(tmp_path / "x.png", (4, 4), i, 0.5))
         for i in range(400)
     ]
     assert 0.4 < sum(flips) / 400 < 0.6
@@ -115,13 +126,36 @@ def test_the_central_crop_is_torchvisions(width: int, height: int, size: int) ->
     image = smooth(width, height)
     resize = v2.Resize(size * 256 // 224, InterpolationMode.BICUBIC)
     expected = to_tensor(v2.CenterCrop(size)(resize(image)))
-    difference = (center_crop(image, size).int() - expected.int()).abs()
+    difference = (center_crop(image, (size, size)).int() - expected.int()).abs()
     # Pillow rounds to 8 bits between its two passes, whose order may be another for a part of an image.
     assert difference.max() <= 2 and difference.float().mean() < 0.2
 
 
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (333, 500), (20, 31), (1, 1), (3, 500)])
+@pytest.mark.parametrize("size", [(96, 224), (224, 96), (64, 64)])
+@pytest.mark.parametrize("crop_ratio", [CROP_RATIO, 1.0])
+def test_the_central_crop_of_any_size_covers_it(
+    width: int, height: int, size: tuple[int, int], crop_ratio: float
+) -> None:
+    """As timm's ResizeKeepRatio does it, but that sides are rounded down, as torchvision does."""
+    image = smooth(width, height)
+    covered = [int(side / crop_ratio) for side in size]
+    scale = max(covered[0] / height, covered[1] / width)
+    scaled = image.resize((int(width * scale + 1e-6), int(height * scale + 1e-6)), Image.Resampling.BICUBIC)
+    expected = to_tensor(v2.CenterCrop(size)(scaled))
+    found = center_crop(image, size, crop_ratio)
+    difference = (found.int() - expected.int()).abs()
+    assert found.shape == (3, *size)
+    assert difference.max() <= 2 and difference.float().mean() < 0.2
+
+
+def test_the_published_crop_ratios() -> None:
+    sizes = [(96, 96), (224, 224), (256, 256), (384, 384), (224, 448)]
+    assert [crop_ratio_of(size) for size in sizes] == [0.875, 0.875, 1.0, 1.0, 1.0]
+
+
 def test_the_central_crop_of_a_very_long_image_needs_little_memory() -> None:
-    assert center_crop(Image.new("RGB", (1, 40_000), "red"), 224)[0].min() == 255
+    assert center_crop(Image.new("RGB", (1, 40_000), "red"), (224, 224))[0].min() == 255
 
 
 def test_to_tensor_keeps_every_pixel_in_place() -> None:

@@ -74,7 +74,7 @@ def test_batches_do_not_depend_on_workers_and_ranks(images: Path) -> None:
         return train_loader(
             found,
             DataConfig(root=images, workers=workers),
-            image_size=32,
+            image_size=(32, 32),
             draw=objective.draw,
             seed=0,
             batch_size=8,

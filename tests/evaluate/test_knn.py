@@ -45,14 +45,14 @@ def features(images: Tensor) -> Tensor:
 
 def measured(train: ImageList, val: ImageList, k: int = 20, **options: int) -> dict[str, float]:
     config = KnnConfig(k=k, batch_size=4)
-    return knn(features, train, val, config, image_size=16, device=CPU, workers=0, **options)
+    return knn(features, train, val, config, image_size=(16, 16), device=CPU, workers=0, **options)
 
 
 def expected(train: ImageList, val: ImageList, k: int = 20) -> dict[str, float]:
     """The same by loops over single images and Python numbers."""
 
     def vectors(images: ImageList) -> list[tuple[list[float], int]]:
-        loaded = eval_loader(images, image_size=16, batch_size=1, workers=0)
+        loaded = eval_loader(images, image_size=(16, 16), batch_size=1, workers=0)
         return [(features(batch["images"])[0].tolist(), int(batch["labels"])) for batch in loaded]
 
     def cosine(a: list[float], b: list[float]) -> float:
