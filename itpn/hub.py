@@ -67,11 +67,7 @@ class HubModel(PyTorchModelHubMixin):
 
     def remember(self, weights: Weights) -> None:
         """Keep what the file says of its images and its origin, for whoever saves the model again."""
-        given = weights.config.get("input") or weights.config.get("objective") or {}
-        try:
-            self.mean, self.std = (tuple(map(float, given.get(k, getattr(self, k)))) for k in ("mean", "std"))
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{weights.path}: its mean or std are no numbers") from error
+        self.mean, self.std = weights.statistics(self.mean, self.std)
         self.source = weights.source
 
     def file_config(self) -> dict[str, Any]:

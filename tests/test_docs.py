@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from itpn.recipes.pretrain import demo
-from itpn.tasks.pretrain import build, config_of
+from itpn.tasks.common import config_of
+from itpn.tasks.pretrain import build
 from itpn.weights import files
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,8 @@ from itpn.evaluate.knn import KnnConfig
 from itpn.nn.pyramid import Model, ModelConfig
 from itpn.recipes.pretrain import Pretrain, demo
 from itpn.show.curves import read_metrics
-from itpn.tasks.pretrain import _completed, build, config_of, pretrain
+from itpn.tasks.common import _completed, config_of
+from itpn.tasks.pretrain import build, pretrain
 from itpn.weights import files
 from tests.toys import toy_objective
 
@@ -181,6 +182,6 @@ def test_demo_from_nothing_to_pictures(tmp_path, capsys):
 def test_a_ratio_that_used_to_be_written_out_is_no_change():
     config = config_of(demo())
     config["model"]["backbone"]["mlp_ratio"] = 4.0
-    assert _completed(config) == config_of(demo())
+    assert _completed(Pretrain, config) == config_of(demo())
     config["model"]["backbone"]["mlp_ratio"] = 3.0
-    assert _completed(config)["model"]["backbone"]["mlp_ratio"] == 3.0
+    assert _completed(Pretrain, config)["model"]["backbone"]["mlp_ratio"] == 3.0

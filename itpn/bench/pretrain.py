@@ -31,7 +31,7 @@ from itpn.engine.optim import adamw
 from itpn.engine.step import micro_step
 from itpn.errors import UserError
 from itpn.objectives.pixel import PixelConfig, PixelObjective
-from itpn.recipes.lookup import find, load
+from itpn.recipes.lookup import find, load_pretrain
 from itpn.recipes.pretrain import Pretrain
 
 WARM_UP = 2
@@ -71,7 +71,7 @@ class Bench:
 
 def run(arguments: list[str]) -> None:
     options = parse(Bench, arguments, "itpn bench pretrain")
-    recipe = load(find(options.name))
+    recipe = load_pretrain(find(options.name))
     console = Console(highlight=False, soft_wrap=True)
     figures = measure(recipe, options, console)
     show(figures, console)

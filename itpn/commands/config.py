@@ -1,12 +1,11 @@
-"""The first argument of `train` and `info`: a config, and what the others change in it."""
+"""The first argument of several commands: a config, and what the others change in it."""
 
 from itpn.commands.arguments import parse
 from itpn.errors import UserError
-from itpn.recipes.lookup import find, load
-from itpn.recipes.pretrain import Pretrain
+from itpn.recipes.lookup import Recipe, find, load
 
 
-def read_config(program: str, arguments: list[str]) -> Pretrain:
+def read_config(program: str, arguments: list[str]) -> Recipe:
     """CONFIG [--field value ...], where `--help` after CONFIG lists the fields with that config's values.
 
     Raises:
@@ -24,5 +23,5 @@ def read_config(program: str, arguments: list[str]) -> Pretrain:
             raise UserError(f"the config comes first, before {name}: {program} CONFIG [--field value …]")
         case [name, *overrides]:
             config = load(find(name))
-            return parse(Pretrain, overrides, f"{program} {name}", config)
+            return parse(type(config), overrides, f"{program} {name}", config)
     raise AssertionError

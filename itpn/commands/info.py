@@ -14,6 +14,7 @@ from torch import nn
 
 from itpn.commands.arguments import parse
 from itpn.commands.config import read_config
+from itpn.data.picture import Size
 from itpn.errors import UserError, printable
 from itpn.evaluate.count import count_parameters, multiply_adds
 from itpn.heads.classify import Classifier
@@ -22,6 +23,8 @@ from itpn.nn.pyramid import ModelConfig
 from itpn.objectives.distill import DistillObjective
 from itpn.objectives.pixel import PixelObjective
 from itpn.objectives.teacher import CLIP, Teacher, outline
+from itpn.recipes.classify import Classify
+from itpn.tasks.classify import settled
 from itpn.weights import files
 from itpn.weights.convert import Foreign, read_foreign
 from itpn.weights.families import FAMILIES, Given
@@ -36,9 +39,16 @@ def run(arguments: list[str]) -> None:
         given = parse(Given, arguments[1:], f"itpn info {arguments[0]}")
         return info_of_file(Path(arguments[0]), given)
     recipe = read_config("itpn info", arguments)
-    with torch.device("meta"):
-        objective = files.build_objective(recipe.model, recipe.objective)
-    teacher = teacher_of(objective)
+    objective: PixelObjective | DistillObjective | Classifier
+    if isinstance(recipe, Classify):
+        recipe = settled(recipe, recipe.classifier.num_classes, None)
+        with torch.device("meta"):
+            backbone = HiViT(recipe.model.backbone)
+            objective, teacher = Classifier(backbone, recipe.classifier), None
+    else:
+        with torch.device("meta"):
+            objective = files.build_objective(recipe.model, recipe.objective)
+        backbone, teacher = objective.model.backbone, teacher_of(objective)
     table = Table("part", title=recipe.name, title_justify="left")
     table.add_column("parameters", justify="right")
     table.add_column("trainable", justify="right")
@@ -55,7 +65,7 @@ def run(arguments: list[str]) -> None:
     console.print(f"{total.total / 1e6:.2f} M parameters, {total.trainable / 1e6:.2f} M of them trained.")
     if teacher is not None:
         console.print("\n".join(taught_by(teacher, total.total)))
-    console.print(work(objective.model.backbone))
+    console.print(work(backbone, recipe.image_size))
 
 
 def teacher_of(objective: PixelObjective | DistillObjective) -> Teacher | None:
@@ -194,26 +204,29 @@ def described(weights: Weights) -> Iterator[str]:
             number, width = 1 + bool(module.auxiliary), module.config.target_width
             yield f"distillation: heads for a teacher's tokens ({number}), {width} channels"
     with torch.device("meta"):
-        yield work(HiViT(config))
+        yield work(HiViT(config), (config.image_size, config.image_size))
 
 
-def backbone_multiply_adds(backbone: HiViT) -> int:
-    """Of one image of the backbone's own size, on the meta device."""
-    size, channels = backbone.config.image_size, backbone.config.in_channels
-    images = torch.empty(1, channels, size, size, device="meta")
+def backbone_multiply_adds(backbone: HiViT, image_size: Size) -> int:
+    """Of one image, on the meta device."""
+    images = torch.empty(1, backbone.config.in_channels, *image_size, device="meta")
     return multiply_adds(lambda: backbone(images))
 
 
-def work(backbone: HiViT) -> str:
-    size, macs = backbone.config.image_size, backbone_multiply_adds(backbone)
+def work(backbone: HiViT, image_size: Size) -> str:
+    macs = backbone_multiply_adds(backbone, image_size)
     return (
         f"{macs / 1e9:.2f} G multiply-adds ({macs:,}): {COUNTED};\n"
-        f"the backbone alone, one image of {size} x {size} pixels, nothing masked."
+        f"the backbone alone, one image of {image_size[0]} x {image_size[1]} pixels, nothing masked."
     )
 
 
-def parts(objective: PixelObjective | DistillObjective) -> dict[str, nn.Module | nn.Parameter]:
+def parts(
+    objective: PixelObjective | DistillObjective | Classifier,
+) -> dict[str, nn.Module | nn.Parameter]:
     """The parts that together hold every parameter once."""
+    if isinstance(objective, Classifier):
+        return {"backbone": objective.backbone, "norm": objective.norm, "head": objective.head}
     found: dict[str, nn.Module | nn.Parameter | None] = {
         "backbone": objective.model.backbone,
         "pyramid": objective.model.pyramid,

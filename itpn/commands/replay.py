@@ -13,7 +13,7 @@ from itpn.commands.arguments import parse
 from itpn.engine.distributed import DeviceName
 from itpn.engine.replay import BadStep
 from itpn.errors import printable
-from itpn.tasks.pretrain import replay_step
+from itpn.tasks.replay import replay_step
 
 NUM_NAMED = 8
 

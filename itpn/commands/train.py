@@ -1,8 +1,15 @@
-"""`itpn train CONFIG [--field value …]`: pre-trains; the same command again goes on where it stopped."""
+"""`itpn train CONFIG [--field value …]`: trains; the same command again goes on where it stopped."""
 
 from itpn.commands.config import read_config
+from itpn.recipes.classify import Classify
+from itpn.recipes.pretrain import Pretrain
+from itpn.tasks.classify import classify
 from itpn.tasks.pretrain import pretrain
 
 
 def run(arguments: list[str]) -> None:
-    pretrain(read_config("itpn train", arguments))
+    match recipe := read_config("itpn train", arguments):
+        case Pretrain():
+            pretrain(recipe)
+        case Classify():
+            classify(recipe)

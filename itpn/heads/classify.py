@@ -12,19 +12,23 @@ from itpn.nn.hivit import HiViT
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig:
-    num_classes: int
-    """Classes to tell apart."""
+    num_classes: int = 1000
+    """Classes to tell apart. Training sets it to the number of class folders."""
     pooling: Literal["mean-norm", "norm-mean", "mean"] = "mean-norm"
     """From tokens to one vector: the mean and then a LayerNorm (the authors' recipes), a LayerNorm of each
     token and then the mean (Fast-iTPN's other form), or the mean alone (mmpretrain's HiViT)."""
+    init_std: float = 2e-5
+    """Deviation of the linear layer's starting weights: 2e-5 on pixels, 0.02 on CLIP, 2e-4 in Fast-iTPN."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_classes <= 1_000_000:
             raise UserError(f"classifier.num_classes: {self.num_classes} lies outside 1..1,000,000")
+        if not 0 <= self.init_std <= 1:
+            raise UserError(f"classifier.init_std: {self.init_std} lies outside 0..1")
 
 
 class Classifier(nn.Module):
-    """A backbone with a head that starts close to zero, so that the first steps leave the backbone alone."""
+    """A backbone with a head that may start near zero, so that first steps leave the backbone alone."""
 
     def __init__(self, backbone: HiViT, config: ClassifierConfig) -> None:
         super().__init__()
@@ -35,7 +39,7 @@ class Classifier(nn.Module):
             nn.Identity() if config.pooling == "mean" else nn.LayerNorm(width, backbone.config.norm_eps)
         )
         self.head = nn.Linear(width, config.num_classes)
-        nn.init.normal_(self.head.weight, std=2e-5)
+        nn.init.normal_(self.head.weight, std=config.init_std)
         nn.init.zeros_(self.head.bias)
 
     def pool(self, tokens: Tensor) -> Tensor:
@@ -46,9 +50,13 @@ class Classifier(nn.Module):
             pooled = self.norm(tokens.mean(1))
         return pooled
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``[B, c, H, W]`` to logits ``[B, classes]``."""
-        logits: Tensor = self.head(self.pool(self.backbone(images).c16))
+    def forward(self, images: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Normalised images ``[B, c, H, W]`` to logits ``[B, classes]``.
+
+        Args:
+            drop: uniform numbers ``[B, num_drops]`` that decide drop path in training.
+        """
+        logits: Tensor = self.head(self.pool(self.backbone(images, drop=drop).c16))
         return logits
 
 

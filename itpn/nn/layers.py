@@ -150,7 +150,7 @@ class Attention(nn.Module):
             return None
         if not self.decomposed:
             table = resample_relative(self.relative_position, self.window, relative.grid, relative.method)
-            return F.embedding(relative.pairs, table).movedim(-1, -3).to(q.dtype)
+            return F.embedding(relative.pairs, table.to(q.dtype)).movedim(-1, -3).contiguous()
         num_cols = 2 * relative.grid[1] - 1
         pairs = relative.pairs if relative.pairs.ndim == 3 else relative.pairs[None]
         return self._along(q, self.relative_position_rows, relative.grid[0], pairs // num_cols) + self._along(

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from itpn.errors import UserError
 from itpn.nn.hivit import LARGEST, Features, HiViTConfig
 from itpn.nn.layers import GlobalBlock, init_linears
+from itpn.nn.normalise import Normalise
 from itpn.nn.positions import Relative, relative_index
 from itpn.nn.pyramid import Model, ModelConfig
 from itpn.objectives.decoder import DecoderConfig, LevelEmbeds, mean_over_hidden
 from itpn.objectives.masking import BlockMasking
-from itpn.nn.normalise import Normalise
 from itpn.objectives.teacher import Teacher, TeacherConfig
 
 Loss = Literal["smooth-l1", "cosine", "cross-entropy"]

@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from itpn.errors import UserError
 from itpn.nn.layers import init_linears, to_map, units_of
+from itpn.nn.normalise import Normalise
 from itpn.nn.pyramid import Levels, Model, ModelConfig
 from itpn.objectives.decoder import Decoder, DecoderConfig, build_embed, fill, mean_over_hidden
 from itpn.objectives.features import FeatureModeling, FeaturesConfig, repeated_for_masks
 from itpn.objectives.masking import RandomMasking, hidden_units, num_kept
-from itpn.nn.normalise import Normalise
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,16 @@ import runpy
 import traceback
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import itpn
 from itpn.errors import UserError
 
 if TYPE_CHECKING:
+    from itpn.recipes.classify import Classify
     from itpn.recipes.pretrain import Pretrain
+
+Recipe: TypeAlias = "Pretrain | Classify"
 
 
 def packaged() -> Path:
@@ -46,8 +49,9 @@ def find(name: str) -> Path:
     raise UserError(f"there is no config file or name {name!r}; {hint}")
 
 
-def load(path: Path) -> "Pretrain":
+def load(path: Path) -> Recipe:
     """The recipe that a config file calls `config`; it takes its name from the file."""
+    from itpn.recipes.classify import Classify
     from itpn.recipes.pretrain import Pretrain
 
     try:
@@ -58,9 +62,19 @@ def load(path: Path) -> "Pretrain":
         ]
         where = f"{path}, line {lines[-1]}" if lines else f"{path}"
         raise UserError(f"{where}: {' '.join(str(error).split()) or type(error).__name__}") from error
-    if not isinstance(config, Pretrain):
+    if not isinstance(config, Pretrain | Classify):
         raise UserError(f"{path}: it must set `config` to a recipe of itpn.recipes, and {_what(config)}")
     return replace(config, name=path.stem)
+
+
+def load_pretrain(path: Path) -> "Pretrain":
+    """The recipe of a config file that must be one of pre-training."""
+    from itpn.recipes.pretrain import Pretrain
+
+    recipe = load(path)
+    if not isinstance(recipe, Pretrain):
+        raise UserError(f"{path.stem} is no config of pre-training, which is what is needed here")
+    return recipe
 
 
 def _what(config: object) -> str:

@@ -39,6 +39,12 @@ class Pretrain:
     init: Path | None = None
     """Weights to start from: a pretrained.safetensors or a checkpoint's model.safetensors of ours."""
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        side = self.model.backbone.image_size
+        return side, side
+
 
 def mmpretrain_pixel(*, size: Size, epochs: int, feature_weight: float = 0.0) -> Pretrain:
     """iTPN on pixels as in mmpretrain: 102.68 M and 18.47 GMAC, large 314.25 M and 63.98 GMAC.

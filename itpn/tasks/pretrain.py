@@ -1,11 +1,10 @@
-"""The wiring diagram: from a recipe to model, data, objective and evaluation, the one file that knows all."""
+"""Pre-training: from a recipe to model, data, objective and evaluation."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -13,16 +12,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from itpn.data.images import find_images
-from itpn.data.loader import Batch, steps_per_epoch, train_loader
-from itpn.data.picture import BadImageError, Size
+from itpn.data.loader import steps_per_epoch
+from itpn.data.picture import BadImageError
 from itpn.data.source import Images
 from itpn.data.transforms import center_crop
-from itpn.engine import checkpoint, replay
 from itpn.engine.bad_files import BadFiles
-from itpn.engine.distributed import DeviceName, World, choose_device, join_world
+from itpn.engine.distributed import World, join_world
 from itpn.engine.loop import EpochEnd, train
-from itpn.engine.numerics import set_numerics
-from itpn.engine.replay import BadStep
 from itpn.engine.run import Run
 from itpn.errors import UserError
 from itpn.evaluate.knn import check_labels, knn
@@ -34,38 +30,11 @@ from itpn.objectives.teacher import build_teacher
 from itpn.recipes.pretrain import Pretrain
 from itpn.show.curves import loss_curves
 from itpn.show.reconstruction import reconstruction_picture
+from itpn.tasks.common import batches, config_of, has_checkpoint, is_finished, open_run
 from itpn.weights import files, loading
 from itpn.weights.convert import read_foreign
 
 NUM_PICTURED = 6
-FREE = (
-    "data.root",  # the images themselves are pinned
-    "data.list",
-    "data.workers",
-    "data.max_bad_share",
-    "objective.teacher_weights",
-    "knn",
-    "init",
-    *(
-        f"loop.{name}"
-        for name in (
-            "device",
-            "device_batch",
-            "strategy",
-            "log_every",
-            "checkpoint_every",
-            "checkpoint_minutes",
-            "keep_last",
-            "keep_every",
-            "picture_every",
-            "run_dir",
-            "max_steps",
-            "skip_bad_steps",
-            "force",
-        )
-    ),
-)
-"""Fields that may change while a run lasts: they decide where and how it runs, not what it learns."""
 
 
 def pretrain(recipe: Pretrain) -> Path:
@@ -75,12 +44,8 @@ def pretrain(recipe: Pretrain) -> Path:
         UserError: settings, data or weights that do not go together.
     """
     with join_world(recipe.loop.device) as world:
-        directory = recipe.loop.run_dir or Path("runs") / recipe.name
-        run = Run(
-            directory, config_of(recipe), world, free=FREE, force=recipe.loop.force, completed=_completed
-        )
-        if run.finished_step is not None:
-            run.say(f"{run.directory} is finished ({run.finished_step} steps); --run-dir names another run")
+        run = open_run(recipe, world)
+        if is_finished(run):
             return run.directory
         if recipe.model.backbone.in_channels != 3:
             raise UserError(
@@ -94,13 +59,13 @@ def pretrain(recipe: Pretrain) -> Path:
         objective = build(recipe)
         if taught := teach(objective):
             run.say(taught)
-        if recipe.init and _has_checkpoint(run):
+        if recipe.init and has_checkpoint(run):
             run.say(f"going on from a checkpoint; --init {recipe.init} was for the start")
         elif recipe.init:
             run.say(loading.load_into(objective, files.read(recipe.init)))
         finished = train(
             objective,
-            partial(_batches, recipe, images, objective, world, bad),
+            partial(batches, recipe, images, objective.draw, world, bad),
             steps_per_epoch=steps,
             loop=recipe.loop,
             optim=recipe.optim,
@@ -115,12 +80,6 @@ def pretrain(recipe: Pretrain) -> Path:
         if finished:
             _finish(recipe, objective, run, recipe.loop.epochs * steps)
         return run.directory
-
-
-def _has_checkpoint(run: Run) -> bool:
-    """As rank 0 sees it, whose view the others may not share yet."""
-    found = run.world.is_main and bool(checkpoint.steps(run.checkpoints))
-    return bool(run.world.largest(found)[0])
 
 
 Objective = PixelObjective | DistillObjective
@@ -174,103 +133,6 @@ def load_objective(path: Path, *, mask_ratio: float | None = None) -> PixelObjec
     return objective
 
 
-def replay_step(
-    directory: Path, device_name: DeviceName, root: Path | None
-) -> tuple[BadStep, BadStep, Images]:
-    """Takes the step again that a run left in its `replay/`: what came out then and now, and the images.
-
-    Args:
-        directory: the run's, or its `replay/`.
-        root: where the images are, if they have moved.
-
-    Raises:
-        UserError: there is no such step, or its images are not there.
-    """
-    kept = directory if (directory / replay.STEP).is_file() else directory / "replay"
-    before = replay.read(kept)
-    recipe = files.read(kept / replay.MODEL).recipe(Pretrain)
-    if root is not None:
-        recipe = replace(recipe, data=replace(recipe.data, root=root))
-    images = find_images(recipe.data.root, "train", recipe.data.list)
-    objective = build(recipe)
-    teach(objective)
-    for block in objective.compile_blocks() if recipe.loop.compile else ():
-        block.compile()
-    device = choose_device(device_name)
-    set_numerics(device, getattr(torch, before.precision), deterministic=recipe.loop.deterministic)
-
-    def batches(rank: int) -> Iterator[Batch]:
-        world = World(rank, len(before.losses), device)
-        return _batches(recipe, images, objective, world, None, before.step, before.micro_batch)
-
-    return before, replay.again(objective, kept, batches, device), images
-
-
-def config_of(recipe: Any) -> dict[str, Any]:
-    """A recipe as JSON-able values."""
-    return {name: _plain(value) for name, value in asdict(recipe).items()}
-
-
-def _completed(config: dict[str, Any]) -> dict[str, Any]:
-    """A config in this version's form, with the defaults of fields that came after it; as it is if it does
-    not fit any more."""
-    try:
-        recipe = files.structured(config, Pretrain)
-    except UserError:
-        return config
-    backbone = recipe.model.backbone
-    usual = replace(backbone, mlp_ratio=None)
-    if usual.stage3_mlp_ratio == backbone.mlp_ratio:  # which used to be written out
-        recipe = replace(recipe, model=replace(recipe.model, backbone=usual))
-    return config_of(recipe)
-
-
-def _plain(value: Any) -> Any:
-    match value:
-        case dict():
-            return {key: _plain(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_plain(item) for item in value]
-        case Path():
-            return str(value)
-        case _:
-            return value
-
-
-def _batches(
-    recipe: Pretrain,
-    images: Images,
-    objective: Objective,
-    world: World,
-    bad: BadFiles | None,
-    start_step: int,
-    device_batch: int,
-) -> Iterator[Batch]:
-    return train_loader(
-        images,
-        recipe.data,
-        image_size=_image_size(recipe),
-        draw=objective.draw,
-        seed=recipe.loop.seed,
-        batch_size=recipe.loop.batch_size,
-        micro_batch=device_batch,
-        rank=world.rank,
-        world_size=world.size,
-        start_step=start_step,
-        device=world.device,
-        on_bad=None if bad is None else partial(_replaced, bad),
-    )
-
-
-def _image_size(recipe: Pretrain) -> Size:
-    side = recipe.model.backbone.image_size
-    return side, side
-
-
-def _replaced(bad: BadFiles, error: BadImageError) -> None:
-    bad.met(error.path, error.reason, replaced=True)
-
-
 def _pictured(recipe: Pretrain, images: Images) -> Tensor:
     """A few images to look at, of the validation split where there is one: ``uint8 [n, 3, S, S]``."""
     with contextlib.suppress(UserError):
@@ -278,7 +140,7 @@ def _pictured(recipe: Pretrain, images: Images) -> Tensor:
     pixels: list[Tensor] = []
     for i in torch.linspace(0, len(images) - 1, min(NUM_PICTURED, len(images))).long().tolist():
         with contextlib.suppress(BadImageError), images.open(i) as picture:
-            pixels.append(center_crop(picture.decode(), _image_size(recipe)))
+            pixels.append(center_crop(picture.decode(), recipe.image_size))
     return torch.stack(pixels) if pixels else torch.empty(0)
 
 
@@ -334,7 +196,7 @@ def _knn(recipe: Pretrain, images: Images, objective: Objective, world: World, b
             train_images,
             val_images,
             recipe.knn,
-            image_size=_image_size(recipe),
+            image_size=recipe.image_size,
             device=world.device,
             rank=world.rank,
             world_size=world.size,

@@ -68,6 +68,16 @@ class Weights:
             raise UserError(f"{self.path}: its config has no {name!r}, so it holds none")
         return structured(self.config[name], kind, f"{self.path}: its {name}")
 
+    def statistics(
+        self, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of the images that the weights saw; those given if it does not say."""
+        given = self.config.get("input") or self.config.get("objective") or {}
+        try:
+            return tuple(map(float, given.get("mean", mean))), tuple(map(float, given.get("std", std)))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{self.path}: its mean or std are no numbers") from error
+
     def recipe(self, kind: type[T]) -> T:
         """The whole config as the recipe's dataclass."""
         return structured(self.config, kind, f"{self.path}: its recipe")

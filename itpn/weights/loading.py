@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from itpn.errors import UserError
-from itpn.nn.hivit import HiViTConfig
+from itpn.nn.hivit import HiViT, HiViTConfig
 from itpn.nn.positions import resample_axis, resample_relative, resample_table
 from itpn.nn.pyramid import ModelConfig
 from itpn.objectives.distill import DistillConfig, DistillObjective
@@ -137,6 +137,38 @@ def resampled(weights: Weights, backbone: HiViTConfig) -> Weights:
         except RuntimeError as error:
             raise UserError(f"{weights.path}: {name} is not for the size that its config says") from error
     return replace(weights, tensors=tensors)
+
+
+def load_backbone(backbone: HiViT, weights: Weights) -> str:
+    """Load a file's backbone and say in one line what came from the file and what was left in it.
+
+    Position tables of another size are resampled; relative-position tables that the file lacks stay zero.
+
+    Raises:
+        UserError: a tensor is missing, unknown, or has another shape.
+    """
+    prefix, there = "backbone.", weights.part("model", ModelConfig).backbone
+    resized = resampled(weights, backbone.config)
+    tensors = {
+        name.removeprefix(prefix): value for name, value in resized.tensors.items() if name.startswith(prefix)
+    }
+    own = backbone.state_dict()
+    added = [name for name in own if ".relative_position" in name and not there.relative_position_bias]
+    wrong = [
+        f"{name} is {shape_of(tensors.get(name))} there, {shape_of(own.get(name))} here"
+        for name in {**own, **tensors}
+        if shape_of(tensors.get(name)) != shape_of(own.get(name)) and name not in added
+    ]
+    if wrong:
+        raise UserError(
+            f"--init {weights.path}: {len(wrong)} tensors do not fit the backbone ({'; '.join(wrong[:3])})"
+        )
+    backbone.load_state_dict(own | tensors)
+    left = sorted(weights.parts - {"backbone"})
+    return (
+        f"loaded the backbone from {weights.path}, {len(tensors)} tensors; the head starts anew"
+        f"{', relative positions at zero' if added else ''}{'; left out: ' + ', '.join(left) if left else ''}"
+    )
 
 
 def load_exactly(module: nn.Module, weights: Weights) -> None:

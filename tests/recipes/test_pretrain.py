@@ -119,7 +119,7 @@ def test_sizes_are_the_published_ones(name):
     total, trainable, macs = SIZES[name.replace("-mfm", "").partition("-p16")[0]]
     assert found.total - features.total == total
     assert trainable is None or found.trainable - features.trainable == trainable
-    assert backbone_multiply_adds(objective.model.backbone) == macs
+    assert backbone_multiply_adds(objective.model.backbone, recipe.image_size) == macs
 
 
 @pytest.mark.parametrize("name", FILES)

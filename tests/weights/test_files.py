@@ -12,7 +12,7 @@ from itpn.nn.pyramid import ModelConfig
 from itpn.objectives.distill import DistillConfig, DistillObjective
 from itpn.objectives.pixel import PixelConfig, PixelObjective
 from itpn.recipes.pretrain import demo
-from itpn.tasks.pretrain import config_of
+from itpn.tasks.common import config_of
 from itpn.weights import files, loading
 from tests.saved import save
 from tests.toys import toy_model, toy_objective

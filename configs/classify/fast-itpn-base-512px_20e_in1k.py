@@ -1,0 +1,5 @@
+"""Fast-iTPN, base, at 512 pixels: 20 epochs."""
+
+from itpn.recipes.classify import fast_itpn
+
+config = fast_itpn(size="base", image_size=512)

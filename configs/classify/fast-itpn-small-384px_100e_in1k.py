@@ -1,0 +1,5 @@
+"""Fast-iTPN, small, at 384 pixels: 100 epochs."""
+
+from itpn.recipes.classify import fast_itpn
+
+config = fast_itpn(size="small", image_size=384)

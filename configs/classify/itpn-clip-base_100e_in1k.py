@@ -1,0 +1,5 @@
+"""iTPN-B after pre-training on CLIP: 100 epochs, layer decay 0.60."""
+
+from itpn.recipes.classify import itpn_clip
+
+config = itpn_clip(size="base")

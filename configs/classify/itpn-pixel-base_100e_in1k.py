@@ -1,0 +1,5 @@
+"""iTPN-B after pre-training on pixels: 100 epochs, layer decay 0.60."""
+
+from itpn.recipes.classify import itpn_pixel
+
+config = itpn_pixel(size="base")

@@ -1,0 +1,5 @@
+"""iTPN-L after pre-training on pixels: 50 epochs, layer decay 0.55."""
+
+from itpn.recipes.classify import itpn_pixel
+
+config = itpn_pixel(size="large")

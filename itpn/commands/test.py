@@ -1,0 +1,127 @@
+"""`itpn test CONFIG [CHECKPOINT] [--protocol …]`: how good weights are, on a config's validation images."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from itpn import hub
+from itpn.commands.arguments import parse
+from itpn.data.classes import readable
+from itpn.data.picture import BadImageError
+from itpn.engine.distributed import World, join_world
+from itpn.errors import UserError, printable
+from itpn.evaluate.classify import Report
+from itpn.recipes.classify import Classify
+from itpn.recipes.lookup import find, load
+from itpn.recipes.pretrain import Pretrain
+from itpn.tasks.classify import write_report
+from itpn.tasks.test import Protocol, lines_of, test_classifier, test_features, write_numbers
+
+NUM_SHOWN = 20
+USAGE = """usage: itpn test CONFIG [CHECKPOINT] [--protocol finetuned | linear | knn] [--field value …]
+
+CHECKPOINT is a file of weights or a run directory; without it, the config's own run directory.
+`itpn test CONFIG --help` lists the fields."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    protocol: Protocol = "finetuned"
+    """finetuned: the classifier that the file holds. linear: a linear classifier fitted to frozen features of
+    the training images. knn: their nearest neighbours."""
+    out: Path = Path("evaluation")
+    """Folder for report.json and, of a classifier, pictures/confusion.png."""
+    save_predictions: Path | None = None
+    """File for every image's path, label, guesses and scores, a JSON object a line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestClassify(Options):
+    """Evaluate weights on the validation images of a config."""
+
+    recipe: Annotated[Classify, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestPretrain(Options):
+    """Evaluate frozen features on the validation images of a config: --protocol linear or knn."""
+
+    recipe: Annotated[Pretrain, tyro.conf.arg(name="")]
+
+
+def run(arguments: list[str]) -> None:
+    match arguments:
+        case [] | ["-h" | "--help", *_]:
+            print(USAGE)
+            raise SystemExit(0 if arguments else 2)
+        case [name, checkpoint, *overrides] if not checkpoint.startswith("-"):
+            given: Path | None = Path(checkpoint)
+        case [name, *overrides]:
+            given = None
+    config = load(find(name))
+    options: TestClassify | TestPretrain
+    if isinstance(config, Classify):
+        options = parse(TestClassify, overrides, f"itpn test {name}", TestClassify(recipe=config))
+    else:
+        options = parse(TestPretrain, overrides, f"itpn test {name}", TestPretrain(recipe=config))
+    recipe = options.recipe
+    weights = hub.read(given or recipe.loop.run_dir or Path("runs") / recipe.name)
+    with join_world(recipe.loop.device) as world:
+        console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not world.is_main)
+
+        def on_bad(error: BadImageError) -> None:
+            console.print(f"unreadable: {printable(error.path)}: {printable(error.reason)}")
+
+        if options.protocol != "finetuned":
+            numbers = test_features(recipe, weights, options.protocol, world, on_bad)
+            console.print("  ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
+            _write(world, console, lambda: [write_numbers(numbers, options.out)])
+        elif isinstance(recipe, Classify):
+            found, predictions, val = test_classifier(recipe, weights, world, on_bad)
+            names = val.class_names or ()
+            console.print(table_of(found, readable(names)))
+            _write(world, console, lambda: write_report(found, names, options.out))
+            if path := options.save_predictions:
+                text = "".join(f"{line}\n" for line in lines_of(predictions, val))
+                _write(world, console, lambda: [path] if path.write_text(text) else [])
+        else:
+            raise UserError(
+                f"{name} pre-trains, so that there is no classifier to test: --protocol linear or knn"
+            )
+
+
+def _write(world: World, console: Console, write: Callable[[], list[Path]]) -> None:
+    """Rank 0 writes, and says what."""
+    if not world.is_main:
+        return
+    try:
+        console.print(f"written: {', '.join(map(str, write()))}")
+    except OSError as error:
+        raise UserError(
+            f"cannot write {error.filename} ({error.strerror}): name another with --out"
+        ) from error
+
+
+def table_of(found: Report, names: tuple[str, ...]) -> Table:
+    """The numbers over all images, then the classes, the worst first."""
+    title = (
+        f"{found.images:,} images: top-1 {found.top1:.2%}, top-5 {found.top5:.2%}, mean over classes "
+        f"{found.class_top1:.2%}, loss {found.loss:.4f}, calibration error {found.ece:.4f}"
+    )
+    table = Table("class", title=title, title_justify="left")
+    for column in ("images", "right"):
+        table.add_column(column, justify="right")
+    table.add_column("most often taken for")
+    worst = sorted(range(len(names)), key=lambda i: (found.classes[i].top1, -found.classes[i].images))
+    for i in worst[:NUM_SHOWN]:
+        row = found.classes[i]
+        confusion = f"{printable(row.confusion)} ({row.confused})" if row.confusion else ""
+        table.add_row(printable(names[i]), str(row.images), f"{row.top1:.1%}", confusion)
+    if len(names) > NUM_SHOWN:
+        table.caption = f"the {NUM_SHOWN} worst of {len(names):,} classes; report.json has all"
+    return table

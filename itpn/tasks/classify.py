@@ -1,0 +1,263 @@
+"""Fine-tuning and testing a classifier: from a recipe to model, data, objective and evaluation."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from itpn.data.classes import check_same_classes, describe_balance, readable
+from itpn.data.images import find_images, split_folder
+from itpn.data.loader import DataConfig, steps_per_epoch
+from itpn.data.picture import BadImageError
+from itpn.data.source import Images, hold_out
+from itpn.data.transforms import crop_ratio_of
+from itpn.engine.bad_files import BadFiles
+from itpn.engine.distributed import World, join_world
+from itpn.engine.loop import EpochEnd, train
+from itpn.engine.numerics import Precision, choose_precision
+from itpn.engine.run import Run
+from itpn.errors import UserError
+from itpn.evaluate.classify import Predictions, Report, predict, report, scores
+from itpn.heads.finetune import ClassifyObjective
+from itpn.nn.depth import lr_scales
+from itpn.nn.pyramid import ModelConfig
+from itpn.objectives.pixel import PixelConfig
+from itpn.recipes.classify import Classify
+from itpn.show.classify import confusion_picture
+from itpn.show.curves import loss_curves
+from itpn.tasks.common import batches, config_of, has_checkpoint, is_finished, open_run
+from itpn.weights import files, loading
+from itpn.weights.files import Weights
+
+BEST, LAST = "best.safetensors", "last.safetensors"
+
+
+def classify(recipe: Classify) -> Path:
+    """Fine-tune as the recipe says, or go on where its run stopped; returns the run directory.
+
+    Raises:
+        UserError: settings, data or weights that do not go together.
+    """
+    with join_world(recipe.loop.device) as world:
+        images, val = splits(recipe.data, recipe.val_share)
+        weights = files.read(recipe.init) if recipe.init else None
+        recipe = settled(recipe, len(images.class_names or ()), weights)
+        run = open_run(recipe, world)
+        if is_finished(run):
+            return run.directory
+        run.say(f"to train on: {images.description}\nto validate on: {val.description}")
+        run.say(describe_balance(images))
+        run.pin("images", images.fingerprint)
+        run.pin("validation images", val.fingerprint)
+        bad = BadFiles(run, len(images), recipe.data.max_bad_share)
+        steps = steps_per_epoch(len(images), recipe.loop.batch_size)
+        objective = build(recipe)
+        if weights and has_checkpoint(run):
+            run.say(f"going on from a checkpoint; --init {recipe.init} was for the start")
+        elif weights:
+            run.say(loading.load_backbone(objective.model.backbone, weights))
+            objective.restart_average()
+        evaluation = Evaluation(recipe, objective, val, run, bad)
+        trained = [name for name, parameter in objective.named_parameters() if parameter.requires_grad]
+        finished = train(
+            objective,
+            partial(batches, recipe, images, objective.draw, world, bad),
+            steps_per_epoch=steps,
+            loop=recipe.loop,
+            optim=recipe.optim,
+            schedule=recipe.schedule,
+            run=run,
+            bad=bad,
+            at_epoch_end=[EpochEnd(recipe.eval_every or recipe.loop.epochs, evaluation)],
+            lr_scales=lr_scales(trained, recipe.model.backbone.shape.depths, recipe.layer_decay),
+        )
+        if finished:
+            _finish(recipe, evaluation, recipe.loop.epochs * steps)
+        return run.directory
+
+
+def splits(data: DataConfig, val_share: float) -> tuple[Images, Images]:
+    """Images to train and to validate on, of the same classes; a share is held out where there is no val.
+
+    Raises:
+        UserError: there are no class folders, or train and val have different ones.
+    """
+    images = find_images(data.root, "train", data.list)
+    if images.labels is None:
+        raise UserError(
+            f"labels are needed, but found {images.description}; put each image in a folder of its class"
+        )
+    if split_folder(data.root, "val") is None:
+        return hold_out(images, val_share, seed=0)
+    val = find_images(data.root, "val")
+    check_same_classes(images, val)
+    return images, val
+
+
+def settled(recipe: Classify, num_classes: int, weights: Weights | None) -> Classify:
+    """The recipe with what follows from the data and from the weights to start from: the number of classes,
+    the architecture, the normalisation of images."""
+    ours = backbone = recipe.model.backbone
+    finetune = recipe.finetune
+    mean, std = PixelConfig.mean, PixelConfig.std
+    if weights is not None:
+        there = weights.part("model", ModelConfig).backbone
+        backbone = replace(
+            there,
+            drop_path=ours.drop_path,
+            checkpointing=ours.checkpointing,
+            relative_resampling=ours.relative_resampling,
+            relative_position_bias=there.relative_position_bias or ours.relative_position_bias,
+        )
+        mean, std = weights.statistics(mean, std)
+    height, width = recipe.image_size
+    if height == width:  # else tables keep their size, and are resampled in every forward pass
+        backbone = replace(backbone, image_size=height, relative_image_size=None)
+    if backbone.in_channels != 3:
+        raise UserError("model.backbone.in_channels: images are read as 3 channels; leave it at 3 to train")
+    return replace(
+        recipe,
+        model=ModelConfig(backbone=backbone, pyramid=None),
+        classifier=replace(recipe.classifier, num_classes=num_classes),
+        finetune=replace(finetune, mean=finetune.mean or mean, std=finetune.std or std),
+    )
+
+
+def build(recipe: Classify) -> ClassifyObjective:
+    """A settled recipe's objective with its starting weights, the same on every rank."""
+    torch.manual_seed(recipe.loop.seed)
+    return ClassifyObjective(recipe.model.backbone, recipe.classifier, recipe.finetune, recipe.image_size)
+
+
+class Evaluation:
+    """Validates at the end of epochs, and keeps the best and the last weights."""
+
+    def __init__(
+        self, recipe: Classify, objective: ClassifyObjective, val: Images, run: Run, bad: BadFiles
+    ) -> None:
+        self.recipe, self.objective, self.val, self.run, self.bad = recipe, objective, val, run, bad
+        self.report: Report | None = None
+
+    def __call__(self, epoch: int, step: int) -> dict[str, float]:
+        if step == 0:  # a head that has learned nothing says nothing
+            return {}
+        model, normalise = self.objective.evaluated.eval(), self.objective.normalise
+
+        def on_bad(error: BadImageError) -> None:
+            self.bad.met(error.path, error.reason, replaced=False)
+
+        found = validate(
+            lambda images: model(normalise(images)), self.recipe, self.val, self.run.world, on_bad
+        )
+        self.report = report(found, self.val.class_names or ())
+        if self.run.world.is_main:
+            self._keep(epoch)
+        return scores(self.report)
+
+    def _keep(self, epoch: int) -> None:
+        assert self.report is not None
+        measured = {"epoch": epoch, **scores(self.report)}
+        best = files.read_if_ours(self.run.directory / BEST)
+        before = best.config.get("measured", {}) if best else {}
+        better = measured["val_top1"] > before.get("val_top1", -1)
+        if better or before.get("epoch", 0) >= epoch:  # a later one is of a future that was gone back from
+            self._save(BEST, measured)
+        if epoch == self.recipe.loop.epochs:
+            self._save(LAST, measured)
+
+    def _save(self, name: str, measured: dict[str, float]) -> None:
+        config = portable_config(self.recipe, self.val.class_names or ()) | {"measured": measured}
+        tensors = {key: tensor.cpu() for key, tensor in self.objective.evaluated.state_dict().items()}
+        try:
+            files.save(self.run.directory / name, tensors, config)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"cannot write {self.run.directory / name} ({error}); "
+                "make room and give the same command again"
+            ) from error
+
+
+def portable_config(recipe: Classify, class_names: tuple[str, ...]) -> dict[str, Any]:
+    """What the file of a classifier says of itself: the recipe, its classes, and the images it wants."""
+    images = {"mean": recipe.finetune.mean, "std": recipe.finetune.std, "image_size": recipe.image_size}
+    return config_of(recipe) | {"classes": list(class_names), "input": images}
+
+
+def in_precision(
+    call: Callable[[Tensor], Tensor], precision: Precision, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """A model's forward pass as evaluations call it: without gradient, in the precision of training."""
+    dtype = choose_precision(precision, device)
+
+    def run(images: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return call(images).float()
+
+    return run
+
+
+def validate(
+    logits: Callable[[Tensor], Tensor],
+    recipe: Classify,
+    val: Images,
+    world: World,
+    on_bad: Callable[[BadImageError], None],
+    progress: str = "",
+) -> Predictions:
+    """Predictions for every validation image, once over all ranks."""
+    return predict(
+        in_precision(logits, recipe.loop.precision, world.device),
+        val,
+        image_size=recipe.image_size,
+        crop_ratio=crop_ratio_of(recipe.image_size),
+        batch_size=recipe.eval_batch,
+        device=world.device,
+        rank=world.rank,
+        world_size=world.size,
+        workers=recipe.data.workers,
+        on_bad=on_bad,
+        progress=progress,
+    )
+
+
+def write_report(found: Report, class_names: tuple[str, ...], directory: Path) -> list[Path]:
+    """A report as JSON and as a picture."""
+    names = readable(class_names)
+    path, picture = directory / "report.json", directory / "pictures" / "confusion.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    rows = [row._asdict() for row in found.classes]
+    numbers = scores(found) | {"images": found.images, "unreadable": found.unreadable}
+    path.write_text(json.dumps(numbers | {"classes": rows}, indent=1) + "\n")
+    confusion_picture(found, names, picture)
+    return [path, picture]
+
+
+def _finish(recipe: Classify, evaluation: Evaluation, step: int) -> None:
+    """What the run leaves behind: its best and last weights, a report of the last, and its curves."""
+    run, found = evaluation.run, evaluation.report
+    if not run.world.is_main:
+        return
+    directory = run.directory
+    try:
+        if found is not None:
+            write_report(found, evaluation.val.class_names or (), directory)
+        keys = ("loss", "accuracy", "val_top1", "val_loss")
+        loss_curves({recipe.name: [directory / "metrics.jsonl"]}, run.pictures / "curves.png", keys)
+    except OSError as error:
+        raise UserError(
+            f"cannot write what the run leaves in {directory} ({error}); "
+            "make room and give the same command again"
+        ) from error
+    run.finish(step)
+    best = files.read(directory / BEST).config["measured"]
+    run.say(
+        f"finished: {directory / BEST} is of epoch {best['epoch']}, {best['val_top1']:.1%} top-1; "
+        f"{LAST} beside it"
+    )
+    run.say(f"look first at {run.pictures / 'confusion.png'} and curves.png")

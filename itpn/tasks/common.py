@@ -1,0 +1,140 @@
+"""What the wiring of every task has in common: its run, its batches, its config as JSON."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from itpn.data.loader import Batch, Draw, train_loader
+from itpn.data.picture import BadImageError
+from itpn.data.source import Images
+from itpn.engine import checkpoint
+from itpn.engine.bad_files import BadFiles
+from itpn.engine.distributed import World
+from itpn.engine.run import Run
+from itpn.errors import UserError
+from itpn.recipes.lookup import Recipe
+from itpn.weights import files
+
+FREE = (
+    "data.root",  # the images themselves are pinned
+    "data.list",
+    "data.workers",
+    "data.max_bad_share",
+    "objective.teacher_weights",
+    "knn",
+    "eval_every",
+    "eval_batch",
+    "init",
+    *(
+        f"loop.{name}"
+        for name in (
+            "device",
+            "device_batch",
+            "strategy",
+            "log_every",
+            "checkpoint_every",
+            "checkpoint_minutes",
+            "keep_last",
+            "keep_every",
+            "picture_every",
+            "run_dir",
+            "max_steps",
+            "skip_bad_steps",
+            "force",
+        )
+    ),
+)
+"""Fields that may change while a run lasts: they decide where and how it runs, not what it learns."""
+
+
+def open_run(recipe: Recipe, world: World) -> Run:
+    """The recipe's run directory, new or as it was left.
+
+    Raises:
+        UserError: it is in use, cannot be written, or began with another config.
+    """
+    return Run(
+        recipe.loop.run_dir or Path("runs") / recipe.name,
+        config_of(recipe),
+        world,
+        free=FREE,
+        force=recipe.loop.force,
+        completed=partial(_completed, type(recipe)),
+    )
+
+
+def is_finished(run: Run) -> bool:
+    """Whether nothing is left to do, which it then says."""
+    if run.finished_step is None:
+        return False
+    run.say(f"{run.directory} is finished ({run.finished_step} steps); --run-dir names another run")
+    return True
+
+
+def has_checkpoint(run: Run) -> bool:
+    """As rank 0 sees it, whose view the others may not share yet."""
+    found = run.world.is_main and bool(checkpoint.steps(run.checkpoints))
+    return bool(run.world.largest(found)[0])
+
+
+def batches(
+    recipe: Recipe,
+    images: Images,
+    draw: Draw,
+    world: World,
+    bad: BadFiles | None,
+    start_step: int,
+    device_batch: int,
+) -> Iterator[Batch]:
+    """A rank's micro-batches from a step on, without end."""
+    return train_loader(
+        images,
+        recipe.data,
+        image_size=recipe.image_size,
+        draw=draw,
+        seed=recipe.loop.seed,
+        batch_size=recipe.loop.batch_size,
+        micro_batch=device_batch,
+        rank=world.rank,
+        world_size=world.size,
+        start_step=start_step,
+        device=world.device,
+        on_bad=None if bad is None else partial(_replaced, bad),
+    )
+
+
+def _replaced(bad: BadFiles, error: BadImageError) -> None:
+    bad.met(error.path, error.reason, replaced=True)
+
+
+def config_of(recipe: Any) -> dict[str, Any]:
+    """A recipe as JSON-able values."""
+    return {name: _plain(value) for name, value in asdict(recipe).items()}
+
+
+def _completed(kind: type[Recipe], config: dict[str, Any]) -> dict[str, Any]:
+    """A config in this version's form, with the defaults of fields that came after it; as it is if it does
+    not fit any more."""
+    try:
+        recipe = files.structured(config, kind)
+    except UserError:
+        return config
+    backbone = recipe.model.backbone
+    usual = replace(backbone, mlp_ratio=None)
+    if usual.stage3_mlp_ratio == backbone.mlp_ratio:  # which used to be written out
+        recipe = replace(recipe, model=replace(recipe.model, backbone=usual))
+    return config_of(recipe)
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case Path():
+            return str(value)
+        case _:
+            return value

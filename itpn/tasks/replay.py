@@ -1,0 +1,59 @@
+"""`itpn replay`: a run's step that went wrong, taken again."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from itpn.data.images import find_images
+from itpn.data.source import Images
+from itpn.engine import replay
+from itpn.engine.device_batch import Batch
+from itpn.engine.distributed import DeviceName, World, choose_device
+from itpn.engine.numerics import set_numerics
+from itpn.engine.replay import BadStep
+from itpn.recipes.classify import Classify
+from itpn.recipes.lookup import Recipe
+from itpn.recipes.pretrain import Pretrain
+from itpn.tasks import classify, common, pretrain
+from itpn.weights import files
+
+
+def replay_step(
+    directory: Path, device_name: DeviceName, root: Path | None
+) -> tuple[BadStep, BadStep, Images]:
+    """Takes the step again that a run left in its `replay/`: what came out then and now, and the images.
+
+    Args:
+        directory: the run's, or its `replay/`.
+        root: where the images are, if they have moved.
+
+    Raises:
+        UserError: there is no such step, or its images are not there.
+    """
+    kept = directory if (directory / replay.STEP).is_file() else directory / "replay"
+    before = replay.read(kept)
+    weights = files.read(kept / replay.MODEL)
+    recipe: Recipe = weights.recipe(Classify if "classifier" in weights.config else Pretrain)
+    if root is not None:
+        recipe = replace(recipe, data=replace(recipe.data, root=root))
+    objective: classify.ClassifyObjective | pretrain.Objective
+    match recipe:
+        case Pretrain():
+            images = find_images(recipe.data.root, "train", recipe.data.list)
+            objective = pretrain.build(recipe)
+            pretrain.teach(objective)
+        case Classify():
+            images, _ = classify.splits(recipe.data, recipe.val_share)
+            objective = classify.build(recipe)
+    for block in objective.compile_blocks() if recipe.loop.compile else ():
+        block.compile()
+    device = choose_device(device_name)
+    set_numerics(device, getattr(torch, before.precision), deterministic=recipe.loop.deterministic)
+
+    def batches(rank: int) -> Iterator[Batch]:
+        world = World(rank, len(before.losses), device)
+        return common.batches(recipe, images, objective.draw, world, None, before.step, before.micro_batch)
+
+    return before, replay.again(objective, kept, batches, device), images

@@ -1,0 +1,118 @@
+"""Testing weights on labelled images: a classifier as it is, or what its frozen features are worth."""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from itpn.data.picture import BadImageError
+from itpn.data.source import Images
+from itpn.engine.distributed import World
+from itpn.errors import UserError, printable
+from itpn.evaluate.classify import Predictions, Report, report
+from itpn.evaluate.knn import KnnConfig, knn
+from itpn.evaluate.linear import LinearConfig, linear_probe
+from itpn.models import ClassifierModel, FeatureModel
+from itpn.nn.normalise import Normalise
+from itpn.recipes.classify import Classify
+from itpn.recipes.lookup import Recipe
+from itpn.tasks.classify import in_precision, splits, validate
+from itpn.weights.files import Weights
+
+Protocol = Literal["finetuned", "linear", "knn"]
+OnBad = Callable[[BadImageError], None]
+
+
+def test_classifier(
+    recipe: Classify, weights: Weights, world: World, on_bad: OnBad
+) -> tuple[Report, Predictions, Images]:
+    """A file's classifier on the recipe's validation images, each once over all ranks.
+
+    Raises:
+        UserError: the file holds no classifier, or one of other classes than the images have.
+    """
+    if "classifier" not in weights.config:
+        raise UserError(
+            f"{weights.path} holds no classifier; fine-tune it first (itpn train CONFIG --init "
+            f"{weights.path}), or ask what its features are worth: --protocol linear or knn"
+        )
+    _, val = splits(recipe.data, recipe.val_share)
+    model = ClassifierModel.from_weights(weights, **_sized(recipe)).to(world.device)
+    class_names = val.class_names or ()
+    if model.classes is not None and model.classes != class_names:
+        theirs, ours = set(model.classes) - set(class_names), set(class_names) - set(model.classes)
+        raise UserError(
+            f"{weights.path} tells other classes apart than {recipe.data.root} has; only in the file: "
+            f"{_some(theirs)}; only in the images: {_some(ours)}"
+        )
+    normalise = _normalise(model).to(world.device)
+    found = validate(lambda images: model(normalise(images)), recipe, val, world, on_bad, progress="testing")
+    return report(found, class_names), found, val
+
+
+def test_features(
+    recipe: Recipe, weights: Weights, protocol: Literal["linear", "knn"], world: World, on_bad: OnBad
+) -> dict[str, float]:
+    """What a linear classifier or nearest neighbours make of the mean of a frozen backbone's tokens."""
+    train, val = splits(recipe.data, recipe.val_share if isinstance(recipe, Classify) else 0.1)
+    model = FeatureModel.from_weights(weights, "tokens", **_sized(recipe)).to(world.device)
+    normalise = _normalise(model).to(world.device)
+
+    def pooled(images: Tensor) -> Tensor:
+        tokens = model(normalise(images))
+        assert isinstance(tokens, Tensor)
+        return tokens.mean(1)
+
+    chosen = (
+        partial(knn, config=KnnConfig())
+        if protocol == "knn"
+        else partial(linear_probe, config=LinearConfig())
+    )
+    return chosen(
+        in_precision(pooled, recipe.loop.precision, world.device),
+        train,
+        val,
+        image_size=recipe.image_size,
+        device=world.device,
+        rank=world.rank,
+        world_size=world.size,
+        workers=recipe.data.workers,
+        on_bad=on_bad,
+    )
+
+
+def lines_of(found: Predictions, val: Images) -> Iterator[str]:
+    """Every image's path, label, guesses and their scores, as JSON; an image that cannot be read has none."""
+    names = val.class_names or ()
+    scores, guesses = found.logits.softmax(1).topk(min(5, len(names)))
+    for i, label in enumerate(found.labels.tolist()):
+        line: dict[str, object] = {"path": str(val.name(i)), "label": names[label] if label >= 0 else None}
+        if label >= 0:
+            line["guesses"] = [names[guess] for guess in guesses[i].tolist()]
+            line["scores"] = [round(score, 6) for score in scores[i].tolist()]
+        yield json.dumps(line)
+
+
+def write_numbers(numbers: dict[str, float], directory: Path) -> Path:
+    """Numbers as report.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "report.json"
+    path.write_text(json.dumps(numbers, indent=1) + "\n")
+    return path
+
+
+def _sized(recipe: Recipe) -> dict[str, int]:
+    """The field of a square image size; other sizes resample position tables in every forward pass."""
+    height, width = recipe.image_size
+    return {"image_size": height} if height == width else {}
+
+
+def _normalise(model: ClassifierModel | FeatureModel) -> Normalise:
+    return Normalise(model.mean, model.std, model.backbone.config.in_channels)
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(map(printable, sorted(names)[:10])) + (", …" if len(names) > 10 else "") or "none"
