@@ -16,6 +16,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from itpn.data.augment import augmented, check_randaugment, randaugment
 from itpn.data.picture import BadImageError, Size
 from itpn.data.randomness import generator, replacement
 from itpn.data.source import Images
@@ -44,6 +45,8 @@ class DataConfig:
     """Probability of mirroring an image."""
     colour_jitter: float = 0.0
     """Brightness, contrast and saturation change by factors from 1 - this to 1 + this, in random order."""
+    randaugment: str = ""
+    """RandAugment by timm's string, such as rand-m9-mstd0.5-inc1; empty: none."""
     max_bad_share: float = 0.05
     """Share of the training images so far that may be unreadable, and are replaced; more stop the run."""
     workers: int | None = None
@@ -56,6 +59,8 @@ class DataConfig:
             raise UserError(f"data.flip is {self.flip}; it is a probability, in [0, 1]")
         if not 0 <= self.colour_jitter <= 1:
             raise UserError(f"data.colour_jitter is {self.colour_jitter}; it is a share, in [0, 1]")
+        if self.randaugment:
+            check_randaugment(self.randaugment)
         if not 0 <= self.max_bad_share <= 1:
             raise UserError(f"data.max_bad_share is {self.max_bad_share}; it is a share, in [0, 1]")
         if self.workers is not None and self.workers < 0:
@@ -174,6 +179,8 @@ class TrainSamples(Dataset[Loaded]):
     def __init__(self, images: Images, config: DataConfig, image_size: Size, draw: Draw, seed: int) -> None:
         self.images, self.config, self.image_size = images, config, image_size
         self.draw, self.seed = draw, seed
+        if config.randaugment:
+            randaugment(config.randaugment, image_size)  # once, before the workers are forked
 
     def __getitem__(self, pairs: Sequence[tuple[int, int]]) -> Loaded:
         bad: BadImages = []
@@ -194,6 +201,9 @@ class TrainSamples(Dataset[Loaded]):
                 bad.append((shown, error.reason))
                 shown = replacement(self.seed, epoch, index, attempt, len(self.images))
                 continue
+            if self.config.randaugment:
+                draws = generator(self.seed, epoch, index, "randaugment")
+                pixels = augmented(pixels, self.config.randaugment, draws)
             if self.config.colour_jitter:
                 draws = generator(self.seed, epoch, index, "colour")
                 pixels = jittered(pixels, self.config.colour_jitter, draws)

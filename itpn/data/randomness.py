@@ -4,7 +4,9 @@ No state is carried from one draw to the next, so a sample's crop, flip and mask
 or rank loads it, and after any restart.
 """
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from zlib import crc32
 
@@ -21,6 +23,23 @@ def generator(seed: int, epoch: int, index: int, purpose: str) -> torch.Generato
     # Four words of fixed width, so no two keys share an encoding; SeedSequence's mix is specified and stable.
     (state,) = np.random.SeedSequence(words.view(np.uint32).tolist()).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state))
+
+
+@contextmanager
+def global_generators(generator: torch.Generator) -> Iterator[None]:
+    """Inside, Python's, numpy's and torch's global generators on the CPU go on from numbers of `generator`;
+    afterwards they are as before. For libraries that draw from no others."""
+    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    seeds = torch.randint(1 << 32, (3,), generator=generator).tolist()
+    try:
+        random.seed(seeds[0])
+        np.random.seed(seeds[1])
+        torch.default_generator.manual_seed(seeds[2])  # torch.manual_seed would seed the GPUs as well
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.default_generator.set_state(before[2])
 
 
 def permutation(seed: int, epoch: int, n: int) -> Tensor:

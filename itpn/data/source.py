@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from itpn.data.picture import Picture
+from itpn.data.randomness import generator
+from itpn.errors import UserError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 
@@ -91,3 +94,76 @@ class Images(ABC):
         if self.labels is not None:
             digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Subset(Images):
+    """Some of the images of a data set, with the same classes.
+
+    Attributes:
+        indices: Which they are, int64 [n].
+    """
+
+    whole: Images
+    indices: NDArray[Any]
+
+    @classmethod
+    def of(cls, whole: Images, indices: Tensor, note: str) -> "Subset":
+        """Those of `indices`, long [n], each once; `note` says why, in a word or two."""
+        return cls(
+            names=Names([whole.names[index] for index in indices.tolist()]),
+            labels=None if whole.labels is None else whole.labels[indices],
+            class_names=whole.class_names,
+            description=f"{len(indices):,} of {whole.description}, {note}",
+            whole=whole,
+            indices=indices.numpy(),
+        )
+
+    def name(self, index: int) -> Path:
+        return self.whole.name(int(self.indices[index]))
+
+    def open(self, index: int) -> AbstractContextManager[Picture]:
+        return self.whole.open(int(self.indices[index]))
+
+    def read(self, index: int) -> bytes:
+        return self.whole.read(int(self.indices[index]))
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """That of the whole without the others, so that shards are read one after the other here too."""
+        places = torch.full((len(self.whole),), -1)
+        places[self.indices] = torch.arange(len(self))
+        order = places[self.whole.order(seed, epoch)]
+        return order[order >= 0]
+
+    @property
+    def fingerprint(self) -> str:
+        return sha256(f"{self.whole.fingerprint} {self.indices.tolist()}".encode()).hexdigest()
+
+
+def hold_out(images: Images, share: float, seed: int) -> tuple[Subset, Subset]:
+    """Splits images into those to train on and those to validate on, drawn from the seed.
+
+    A `share` of each class is held out, rounded, but at least one image and not all; of a class with a single
+    image none. Images without classes are split as if they were of one.
+
+    Raises:
+        UserError: The share is not between 0 and 1, or no class has two images.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"the share of images to hold out is {share}; it lies between 0 and 1")
+    labels = torch.zeros(len(images), dtype=torch.long) if images.labels is None else images.labels
+    held_out = torch.zeros(len(images), dtype=torch.bool)
+    for label in torch.unique(labels).tolist():
+        members = (labels == label).nonzero().flatten()
+        num = min(max(1, round(share * len(members))), len(members) - 1)
+        chosen = torch.randperm(len(members), generator=generator(seed, 0, label, "hold out"))[:num]
+        held_out[members[chosen]] = True
+    if not held_out.any():
+        raise UserError(
+            f"none of {images.description} can be held out for validation: no class has two; add images, or "
+            "a folder val"
+        )
+    return (
+        Subset.of(images, (~held_out).nonzero().flatten(), "to train on"),
+        Subset.of(images, held_out.nonzero().flatten(), "held out for validation"),
+    )

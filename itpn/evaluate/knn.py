@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from itpn.data.classes import check_same_classes
 from itpn.data.loader import Batch, eval_loader
 from itpn.data.picture import BadImageError, Size
 from itpn.data.source import Images
@@ -43,22 +44,6 @@ class KnnConfig:
             raise UserError("knn.k, knn.batch_size and knn.temperature must be positive, knn.every 0 or more")
 
 
-def check_labels(train: Images, val: Images) -> int:
-    """The number of classes, once the two splits agree on them."""
-    for images in (train, val):
-        if images.class_names is None:
-            raise UserError(
-                f"k-NN needs labels, but found {images.description}; put each image in a folder of its class"
-            )
-    ours, theirs = train.class_names or (), val.class_names or ()
-    if ours != theirs:
-        raise UserError(
-            "k-NN needs the same classes in train and val, in the same order; "
-            f"only in train: {_some(set(ours) - set(theirs))}; only in val: {_some(set(theirs) - set(ours))}"
-        )
-    return len(ours)
-
-
 def knn(
     features_fn: FeaturesFn,
     train: Images,
@@ -76,7 +61,7 @@ def knn(
 
     An unreadable image is no neighbour in `train` and wrong in `val`.
     """
-    num_classes = check_labels(train, val)
+    num_classes = len(check_same_classes(train, val))
     if min(len(train), len(val)) < world_size:
         raise UserError(f"k-NN on {world_size} ranks needs as many images in each split; use fewer ranks")
 
@@ -145,7 +130,3 @@ def _gathered(mine: Tensor, total: int, rank: int, world_size: int) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(world_size)]
     dist.all_gather(parts, padded)
     return torch.stack(parts, dim=1).flatten(0, 1)[:total]
-
-
-def _some(names: set[str]) -> str:
-    return ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "") if names else "none"

@@ -11,6 +11,7 @@ from PIL.Image import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from itpn.data.classes import check_same_classes
 from itpn.data.images import find_images
 from itpn.data.loader import steps_per_epoch
 from itpn.data.picture import BadImageError
@@ -21,7 +22,7 @@ from itpn.engine.distributed import World, join_world
 from itpn.engine.loop import EpochEnd, train
 from itpn.engine.run import Run
 from itpn.errors import UserError
-from itpn.evaluate.knn import check_labels, knn
+from itpn.evaluate.knn import knn
 from itpn.nn.pyramid import Levels, ModelConfig
 from itpn.objectives.distill import DistillObjective
 from itpn.objectives.features import FeaturesConfig
@@ -183,7 +184,7 @@ def _knn(recipe: Pretrain, images: Images, objective: Objective, world: World, b
     root = recipe.knn.root or recipe.data.root
     train_images = find_images(root, "train") if recipe.knn.root or recipe.data.list else images
     val_images = find_images(root, "val")
-    check_labels(train_images, val_images)
+    check_same_classes(train_images, val_images)
 
     def pooled(pixels: Tensor) -> Tensor:
         tokens: Tensor = objective.model.backbone(objective.normalise(pixels)).c16

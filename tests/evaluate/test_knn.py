@@ -132,7 +132,7 @@ def test_three_ranks_agree_with_one(root: Path, tmp_path: Path) -> None:
 def test_missing_labels_and_other_classes_are_named(root: Path, tmp_path: Path) -> None:
     train, val = find_images(root), find_images(root, "val")
     flat = find_images(root / "val/class 0")
-    with pytest.raises(UserError, match=r"needs labels, but found 3 images without class folders"):
+    with pytest.raises(UserError, match=r"classes are needed, but found 3 images without class folders"):
         measured(train, flat)
     write(tmp_path / "train", 1, np.random.default_rng(0))
     (tmp_path / "train/class 0").rename(tmp_path / "train/zebra")

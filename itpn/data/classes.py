@@ -1,0 +1,104 @@
+"""The classes of a data set: how many images each has, what to call them, whether two splits agree."""
+
+import re
+from collections import Counter
+from collections.abc import Collection
+from contextlib import suppress
+
+import torch
+
+from itpn.data.source import Images
+from itpn.errors import UserError
+
+UNBALANCED = 5
+"""Largest class over smallest from which a hint is due."""
+
+_SYNSET = re.compile(r"n\d{8}")
+_NUM_LISTED = 20
+
+
+def describe_balance(images: Images) -> str:
+    """How many classes there are and how large, and a second line if their sizes differ much.
+
+    Raises:
+        UserError: the images have no classes.
+    """
+    names = readable(class_names_of(images))
+    assert images.labels is not None
+    counts = torch.bincount(images.labels, minlength=len(names))
+    order = counts.argsort(stable=True).tolist()
+    shown = order[0], order[(len(order) - 1) // 2], order[-1]
+    few, middle, many = ((names[i], int(counts[i])) for i in shown)
+    line = (
+        f"{len(names):,} classes: smallest {few[0]} ({few[1]:,} images), median {middle[0]} ({middle[1]:,}), "
+        f"largest {many[0]} ({many[1]:,})"
+    )
+    if many[1] <= UNBALANCED * few[1]:
+        return line
+    found = (
+        f"{many[0]} has {many[1] / few[1]:.1f} times the images of {few[0]}"
+        if few[1]
+        else f"{few[0]} has none"
+    )
+    return f"{line}\n{found}: look at the accuracy of each class, not at top-1 alone"
+
+
+def readable(class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names in words for ImageNet's synsets, such as tench for n01440764; others as they are.
+
+    Where two classes would be called the same, the synset follows: crane (n03126707).
+    """
+    if not any(map(_SYNSET.fullmatch, class_names)):
+        return class_names
+    from timm.data.imagenet_info import ImageNetInfo  # seconds to import, for those who have such folders
+
+    info = ImageNetInfo()
+
+    def word_for(name: str) -> str:
+        with suppress(KeyError):
+            return str(info.label_name_to_description(name)).split(",")[0]
+        return name
+
+    words = list(map(word_for, class_names))
+    count = Counter(words)
+    return tuple(
+        word if word == name or count[word] == 1 else f"{word} ({name})"
+        for name, word in zip(class_names, words, strict=True)
+    )
+
+
+def class_names_of(images: Images) -> tuple[str, ...]:
+    """Raises:
+    UserError: the images have no classes.
+    """
+    if images.class_names is None:
+        raise UserError(
+            f"classes are needed, but found {images.description}; put each image in a folder of its class"
+        )
+    return images.class_names
+
+
+def check_same_classes(train: Images, val: Images) -> tuple[str, ...]:
+    """The names of the classes, by class id, once the two splits agree on them.
+
+    Raises:
+        UserError: one has no classes, or other ones, which are listed, or the same in another order.
+    """
+    ours, theirs = class_names_of(train), class_names_of(val)
+    if ours == theirs:
+        return ours
+    if set(ours) == set(theirs):
+        raise UserError(
+            "train and val have the same classes in another order, so their class ids differ; give the "
+            "shards of both the same ids and classes.txt"
+        )
+    raise UserError(
+        "train and val need the same classes: rename, add or remove class folders until they agree; "
+        f"only in train: {_listed(set(ours) - set(theirs))}; only in val: {_listed(set(theirs) - set(ours))}"
+    )
+
+
+def _listed(names: Collection[str]) -> str:
+    shown = sorted(names)[:_NUM_LISTED]
+    more = [f"and {len(names) - len(shown):,} more"] if len(names) > len(shown) else []
+    return ", ".join([*shown, *more]) or "none"
