@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from itpn.heads.mixing import MixConfig
 from PIL import Image
 
 import itpn
@@ -22,6 +21,7 @@ from itpn.engine.optim import AdamWConfig
 from itpn.engine.schedule import CosineConfig
 from itpn.errors import UserError
 from itpn.heads.finetune import FinetuneConfig
+from itpn.heads.mixing import MixConfig
 from itpn.models import ClassifierModel
 from itpn.nn.depth import LayerDecayConfig
 from itpn.nn.pyramid import Model, ModelConfig

@@ -1,7 +1,7 @@
 """A progress bar for work that can take minutes."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TypeVar
 
 from rich.console import Console
@@ -10,8 +10,12 @@ from rich.progress import track
 T = TypeVar("T")
 
 
-def watched(items: Sequence[T], description: str) -> Iterable[T]:
-    """The items, with a bar and the time left on stderr where that is a terminal; of several ranks on one."""
+def watched(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+    """The items, with a bar and the time left on stderr where that is a terminal; of several ranks on one.
+
+    Args:
+        total: How many there are, where `len` does not tell.
+    """
     console = Console(stderr=True)
     quiet = not console.is_terminal or os.environ.get("RANK", "0") != "0"
-    return track(items, description, console=console, transient=True, disable=quiet)
+    return track(items, description, total, console=console, transient=True, disable=quiet)

@@ -4,23 +4,20 @@ Each image of the validation split is classified by the k training images of hig
 voting for its class with weight exp(s / temperature).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from itpn.data.classes import check_same_classes
-from itpn.data.loader import Batch, eval_loader
 from itpn.data.picture import BadImageError, Size
 from itpn.data.source import Images
+from itpn.data.transforms import CROP_RATIO
 from itpn.errors import UserError
-
-FeaturesFn = Callable[[Tensor], Tensor]
-"""Images uint8 [B, 3, H, W] on the device -> features [B, D]."""
+from itpn.evaluate.gather import OutputFn, gathered, outputs, summed
 
 MAX_SIMILARITIES = 1 << 26
 """Similarities held at a time (256 MB), which bounds the memory for any size of the training split."""
@@ -45,12 +42,13 @@ class KnnConfig:
 
 
 def knn(
-    features_fn: FeaturesFn,
+    features_fn: OutputFn,
     train: Images,
     val: Images,
     config: KnnConfig,
     *,
     image_size: Size,
+    crop_ratio: float = CROP_RATIO,
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
@@ -62,23 +60,23 @@ def knn(
     An unreadable image is no neighbour in `train` and wrong in `val`.
     """
     num_classes = len(check_same_classes(train, val))
-    if min(len(train), len(val)) < world_size:
-        raise UserError(f"k-NN on {world_size} ranks needs as many images in each split; use fewer ranks")
 
     def features_of(images: Images) -> tuple[Tensor, Tensor]:
-        batches = eval_loader(
+        features, labels = outputs(
+            features_fn,
             images,
             image_size=image_size,
+            crop_ratio=crop_ratio,
             batch_size=config.batch_size,
+            device=device,
             rank=rank,
             world_size=world_size,
             workers=workers,
-            device=device,
             on_bad=on_bad,
         )
-        return extract(features_fn, batches, device)
+        return normalize(features, dim=1), labels
 
-    keys, key_labels = (_gathered(mine, len(train), rank, world_size) for mine in features_of(train))
+    keys, key_labels = (gathered(mine, len(train), world_size) for mine in features_of(train))
     keys, key_labels = keys[key_labels >= 0], key_labels[key_labels >= 0]
     queries, labels = features_of(val)
     hits = torch.zeros(2, dtype=torch.long, device=device)
@@ -87,21 +85,8 @@ def knn(
         some = slice(start, start + chunk)
         votes = knn_votes(queries[some], keys, key_labels, num_classes, config.k, config.temperature)
         hits += torch.stack([_hits(votes, labels[some], 1), _hits(votes, labels[some], 5)])
-    if world_size > 1:
-        dist.all_reduce(hits)
-    top1, top5 = hits.tolist()
+    top1, top5 = summed(hits, world_size).tolist()
     return {"knn_top1": top1 / len(val), "knn_top5": top5 / len(val)}
-
-
-@torch.no_grad()
-def extract(features_fn: FeaturesFn, batches: Iterable[Batch], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Unit-length features [n, D] in fp32 and labels [n] of all batches, on the device."""
-    features, labels = [], []
-    for batch in batches:
-        images = batch["images"].to(device, non_blocking=True)
-        features.append(normalize(features_fn(images).float(), dim=1))
-        labels.append(batch["labels"].to(device, non_blocking=True))
-    return torch.cat(features), torch.cat(labels)
 
 
 def knn_votes(
@@ -120,13 +105,3 @@ def _hits(votes: Tensor, labels: Tensor, top: int) -> Tensor:
     return ((classes == labels[:, None]) & (votes > 0)).sum()
 
 
-def _gathered(mine: Tensor, total: int, rank: int, world_size: int) -> Tensor:
-    """All ranks' rows [total, …], where rank r holds those numbered r, r + world_size, …, in that order."""
-    if world_size == 1:
-        return mine
-    rows = -(-total // world_size)
-    padded = mine.new_zeros(rows, *mine.shape[1:])
-    padded[: len(mine)] = mine
-    parts = [torch.empty_like(padded) for _ in range(world_size)]
-    dist.all_gather(parts, padded)
-    return torch.stack(parts, dim=1).flatten(0, 1)[:total]

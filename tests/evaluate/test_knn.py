@@ -14,6 +14,7 @@ from itpn.data.images import ImageList, find_images
 from itpn.data.loader import eval_loader
 from itpn.errors import UserError
 from itpn.evaluate import knn as module
+from itpn.evaluate.gather import gathered
 from itpn.evaluate.knn import KnnConfig, knn, knn_votes
 
 CLASSES = 7
@@ -112,7 +113,7 @@ def run_rank(rank: int, root: Path, store: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}/group", rank=rank, world_size=3)
     result = measured(find_images(root), find_images(root, "val"), rank=rank, world_size=3)
     rows = torch.arange(20).view(10, 2)
-    assert torch.equal(module._gathered(rows[rank::3], 10, rank, 3), rows)
+    assert torch.equal(gathered(rows[rank::3], 10, 3), rows)
     (store / f"{rank}").write_text(repr(result))
     dist.destroy_process_group()
 
