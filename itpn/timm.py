@@ -102,7 +102,7 @@ class TimmModel(Classifier):
         fresh = {name: own for name, own in self.state_dict().items() if name.split(".")[0] not in taken}
         loading.load_exactly(self, replace(weights, tensors=fresh | weights.tensors))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]  # timm's signature
         """Normalised images ``[B, c, H, W]`` to logits ``[B, classes]``, or what `forward_head` gives."""
         return self.forward_head(self.forward_features(images))
 

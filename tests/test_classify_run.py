@@ -161,7 +161,7 @@ def test_it_learns_32_images_by_heart(tmp_path):
     given = recipe(
         tmp_path / "images",
         tmp_path / "run",
-        {"epochs": 25, "batch_size": 16, "device_batch": 16},
+        {"epochs": 60, "batch_size": 16, "device_batch": 16},
         model=ModelConfig(backbone=toy_backbone(), pyramid=None),
         finetune=PLAIN,
         data=DataConfig(root=tmp_path / "images", workers=0, min_scale=1.0),
@@ -185,7 +185,7 @@ def test_a_share_is_held_out_where_there_is_no_val(images, tmp_path, capsys):
     shutil.copytree(images / "train", tmp_path / "images")
     run = classify(recipe(tmp_path / "images", tmp_path / "run", {"epochs": 1}, val_share=0.25))
     assert json.loads((run / "report.json").read_text())["images"] == 6
-    assert "18 images" in capsys.readouterr().out
+    assert "18 of 24 images" in capsys.readouterr().out
 
 
 def test_the_start_tells_the_classes_apart(images, tmp_path, capsys):
@@ -193,7 +193,7 @@ def test_the_start_tells_the_classes_apart(images, tmp_path, capsys):
     assert "3 classes" in capsys.readouterr().out
 
 
-def tested(capsys, *arguments):
+def outcome(capsys, *arguments):
     status = cli.main(["test", *map(str, arguments)])
     return status, capsys.readouterr()
 
@@ -210,7 +210,7 @@ def config(images, tmp_path, monkeypatch):
 
 
 def test_testing_a_run_repeats_its_own_numbers(run, config, capsys):
-    status, printed = tested(capsys, config, run, "--save-predictions", "predictions.jsonl")
+    status, printed = outcome(capsys, config, run, "--save-predictions", "predictions.jsonl")
     assert status == 0
     own = json.loads((run / "report.json").read_text())
     best = files.read(run / "best.safetensors").config["measured"]
@@ -226,7 +226,7 @@ def test_testing_a_run_repeats_its_own_numbers(run, config, capsys):
 
 @pytest.mark.parametrize("protocol", ["knn", "linear"])
 def test_frozen_features(pretrained, config, capsys, protocol):
-    status, printed = tested(capsys, config, pretrained, "--protocol", protocol)
+    status, printed = outcome(capsys, config, pretrained, "--protocol", protocol)
     assert status == 0
     found = json.loads((config.parent / "evaluation/report.json").read_text())
     assert 0 <= found[f"{protocol}_top1"] <= found[f"{protocol}_top5"] <= 1
@@ -241,7 +241,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_two_ranks_find_what_one_finds(run, config, tmp_path, capsys):
-    assert tested(capsys, config, run)[0] == 0
+    assert outcome(capsys, config, run)[0] == 0
     (tmp_path / "ranks.py").write_text(RANKS)
     command = f"--nproc-per-node 2 --standalone ranks.py test {config} {run} --out two --eval-batch 2"
     done = subprocess.run(
@@ -262,7 +262,7 @@ def environment():
 
 
 def test_a_file_without_classifier(pretrained, config, capsys):
-    status, printed = tested(capsys, config, pretrained)
+    status, printed = outcome(capsys, config, pretrained)
     assert status == 2
     assert "holds no classifier; fine-tune it first" in printed.err
 
@@ -271,7 +271,7 @@ def test_a_classifier_of_other_classes(run, images, config, tmp_path, capsys):
     shutil.copytree(images, tmp_path / "others")
     for split in ("train", "val"):
         (tmp_path / "others" / split / "cow").rename(tmp_path / "others" / split / "dog")
-    status, printed = tested(capsys, config, run, "--data.root", tmp_path / "others")
+    status, printed = outcome(capsys, config, run, "--data.root", tmp_path / "others")
     assert status == 2
     assert "only in the file: cow; only in the images: dog" in printed.err
 
@@ -293,18 +293,15 @@ def test_a_later_version_of_a_run_goes_on(images, tmp_path):
     [
         ({"loop": {"batch_size": 6, "device_batch": 3}}, "--device-batch"),
         ({"data": {"randaugment": "rand-x"}}, "--data.randaugment"),
-        ({"data": {"root": "nowhere"}}, "nowhere"),
-        ({"init": "nowhere.safetensors"}, "nowhere.safetensors"),
+        ({"data": {"root": Path("nowhere")}}, "nowhere"),
+        ({"init": Path("nowhere.safetensors")}, "nowhere.safetensors"),
     ],
 )
 def test_mistakes(images, tmp_path, fields, words):
-    given = recipe(images, tmp_path / "run", fields.get("loop"))
-    for name, value in fields.get("data", {}).items():
-        given = replace(given, data=replace(given.data, **{name: Path(value) if name == "root" else value}))
-    if "init" in fields:
-        given = replace(given, init=Path(fields["init"]))
+    given = recipe(images, tmp_path / "run", fields.pop("loop", None))
     with pytest.raises(UserError, match=words):
-        classify(given)
+        data = replace(given.data, **fields.pop("data", {}))
+        classify(replace(given, data=data, **fields))
 
 
 def test_classes_that_differ_between_the_splits(images, tmp_path):

@@ -1,78 +1,274 @@
-"""What pre-training is worth on the bundled sample."""
+"""What pre-training is worth on the bundled sample: `python tools/study_sample.py [STAGE …]`.
 
+Stages, each of which goes on where it stopped: `data`, `teacher`, `pretrain`, `finetune`, `speed`, `report`;
+all of them without a name. Every arm pre-trains a nano iTPN for about the same time, with five seeds, and is
+then fine-tuned; its learning rate is chosen for each arm, with seed 0, on a fifth of the training
+images, and everything that is reported is measured on the validation images. Runs take one core each.
+"""
+
+import json
+import math
 import multiprocessing
 import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
+import numpy as np
 import tyro
+from PIL import Image
 
+from itpn.data.images import find_images
+from itpn.data.sample_data import write_imagefolder
+from itpn.data.source import hold_out
+from itpn.engine.optim import AdamWConfig
 from itpn.evaluate.knn import KnnConfig
+from itpn.nn.depth import LayerDecayConfig
 from itpn.objectives.distill import DistillConfig
-from itpn.recipes.pretrain import Pretrain, demo
+from itpn.recipes import classify, pretrain
 
 EPOCHS = {"pixel": 80, "mae": 80, "mfm": 48, "noise": 80, "distilled": 40}
-ORDER = [
-    *(("pixel", 0), ("distilled", 0), ("mfm", 0), ("mae", 0), ("noise", 0)),
-    *((arm, seed) for seed in range(1, 5) for arm in ("pixel", "distilled")),
-    *((arm, seed) for seed in range(1, 5) for arm in ("mfm", "mae")),
-    *(("noise", seed) for seed in range(1, 5)),
-]
+"""Of pre-training: about as long for each, as `--stage speed` measures."""
+ARMS = ("scratch", *EPOCHS)
+FOLLOWED = ("pixel", "distilled")
+"""Arms that are also fine-tuned from a quarter, a half and three quarters of their epochs."""
+SEEDS = range(5)
+RATES = (3e-4, 1e-3, 3e-3)
+FINE_EPOCHS = 12
+T_95 = 2.776
+"""Half the width of a 95 % interval over standard errors, of five differences (Student's t, 4 degrees)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    root: Path = Path("data/sample/imagefolder")
-    out: Path = Path("runs/study")
-    processes: int = 2
-
-
-def recipe_of(arm: str, seed: int, root: Path, out: Path) -> Pretrain:
-    epochs = EPOCHS[arm]
-    base = demo(epochs=epochs, feature_weight=0.3 if arm == "mfm" else 0)
-    keep = epochs // 4 if arm in ("pixel", "distilled") else None
-    loop = replace(
-        base.loop, seed=seed, run_dir=out / f"{arm}-s{seed}", device="cpu", device_batch=64,
-        precision="bf16", picture_every=epochs, keep_last=1, keep_every=keep, checkpoint_minutes=60,
-        checkpoint_every=keep,
+    stages: Annotated[tuple[str, ...], tyro.conf.Positional] = (
+        "data", "teacher", "pretrain", "finetune", "speed", "report",
     )  # fmt: skip
+    out: Path = Path("runs/study")
+    """Where everything goes, a few GB."""
+    arms: tuple[str, ...] = ARMS
+    processes: int = 2
+    """Runs at a time."""
+    picture: Path = Path("docs/pictures/study.png")
+
+    @property
+    def images(self) -> Path:
+        return self.out / "images"
+
+
+def write_data(given: Arguments) -> None:
+    """The sample, its training images split again for the sweep, and as many images of noise."""
+    if not given.images.is_dir():
+        write_imagefolder(given.images)
+    images = find_images(given.images, "train")
+    for split, part in zip(("train", "val"), hold_out(images, 0.2, seed=0), strict=True):
+        for i in range(len(part)):
+            source = part.name(i)
+            link = given.out / "sweep" / split / source.parent.name / source.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.is_symlink():
+                link.symlink_to(source.resolve())
+    write_noise(given.out / "noise-images" / "train", len(images))
+
+
+def write_noise(folder: Path, count: int, side: int = 96) -> None:
+    """Images whose spectrum falls as a photograph's, 1 / f, and which show nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
+    frequency[0, 0] = np.inf
+    for i in range(count):
+        spectrum = np.fft.rfft2(random.standard_normal((3, side, side))) / frequency
+        pixels = np.fft.irfft2(spectrum, (side, side))
+        pixels = (pixels / pixels.std() * 0.25 + 0.5).clip(0, 1) * 255
+        Image.fromarray(pixels.astype(np.uint8).transpose(1, 2, 0)).save(folder / f"{i:05d}.png")
+
+
+def train_teacher(given: Arguments) -> None:
+    path = given.out / "teacher.safetensors"
+    if not path.is_file():
+        tool = Path(__file__).with_name("train_teacher.py")
+        command = [sys.executable, str(tool), "--root", str(given.images), "--out", str(path)]
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def pretraining(arm: str, seed: int, given: Arguments) -> pretrain.Pretrain:
+    epochs = EPOCHS[arm]
+    keep = epochs // 4 if arm in FOLLOWED else None
+    base = pretrain.demo(epochs=epochs, feature_weight=0.3 if arm == "mfm" else 0)
+    loop = replace(
+        base.loop, seed=seed, run_dir=given.out / f"{arm}-s{seed}", device="cpu", device_batch=64,
+        precision="bf16", picture_every=epochs, keep_last=1, keep_every=keep, checkpoint_every=keep,
+        checkpoint_minutes=60,
+    )  # fmt: skip
+    root = given.out / "noise-images" if arm == "noise" else given.images
     recipe = replace(
         base,
         name=arm,
-        data=replace(base.data, root=out / "noise-images" if arm == "noise" else root, workers=0),
+        data=replace(base.data, root=root, workers=0),
         loop=loop,
-        knn=KnnConfig(every=epochs // 8, root=root),
+        knn=KnnConfig(every=epochs // 8, root=given.images),
     )
     if arm == "mae":
-        recipe = replace(recipe, model=replace(recipe.model, pyramid=None))
+        return replace(recipe, model=replace(recipe.model, pyramid=None))
     if arm == "distilled":
         objective = DistillConfig(
-            teacher="vit_tiny_patch16_224", teacher_weights=out / "teacher.safetensors", target="tokens",
-            target_width=192, num_hidden=14, min_block=4, positions="all",
+            teacher="vit_tiny_patch16_224", teacher_weights=given.out / "teacher.safetensors",
+            target="tokens", target_width=192, num_hidden=14, min_block=4, positions="all",
         )  # fmt: skip
-        recipe = replace(recipe, objective=objective)
+        return replace(recipe, objective=objective)
     return recipe
 
 
-def run(arm: str, seed: int, arguments: Arguments) -> None:
+def fine_tuning(
+    arm: str, seed: int, lr: float, given: Arguments, *, sweep: bool = False, epoch: int | None = None
+) -> classify.Classify:
+    """From the weights after an epoch of pre-training, by default the last."""
+    name = f"{arm}-s{seed}" + ("" if epoch is None else f"-e{epoch}")
+    folder = given.out / ("sweep-runs" if sweep else "fine")
+    recipe = classify.demo(epochs=FINE_EPOCHS)
+    loop = replace(
+        recipe.loop, seed=seed, run_dir=folder / f"{name}-{lr:g}", device="cpu", device_batch=64,
+        precision="bf16", checkpoint_minutes=60, keep_last=1,
+    )  # fmt: skip
+    return replace(
+        recipe,
+        name=name,
+        data=replace(recipe.data, root=given.out / "sweep" if sweep else given.images, workers=0),
+        optim=AdamWConfig(lr=lr, betas=(0.9, 0.999)),
+        layer_decay=LayerDecayConfig(rate=1.0),
+        loop=loop,
+        eval_every=0,
+        init=None if arm == "scratch" else weights_of(arm, seed, epoch, given),
+    )
+
+
+def weights_of(arm: str, seed: int, epoch: int | None, given: Arguments) -> Path:
+    run = given.out / f"{arm}-s{seed}"
+    if epoch is None:
+        return run / "pretrained.safetensors"
+    steps = len(find_images(given.images)) // 64
+    return run / "checkpoints" / f"{epoch * steps:08d}" / "model.safetensors"
+
+
+def run_one(recipe: pretrain.Pretrain | classify.Classify) -> None:
+    """In a process of its own, on one thread; what it prints goes beside its directory."""
     import torch
 
-    from itpn.tasks import pretrain
+    from itpn.tasks.classify import classify as fine_tune
+    from itpn.tasks.pretrain import pretrain as pre_train
 
     torch.set_num_threads(1)
-    log = (arguments.out / f"{arm}-s{seed}.log").open("w")
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    pretrain(recipe_of(arm, seed, arguments.root, arguments.out))
+    directory = recipe.loop.run_dir
+    assert directory is not None
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with directory.with_suffix(".log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        if isinstance(recipe, pretrain.Pretrain):
+            pre_train(recipe)
+        else:
+            fine_tune(recipe)
+
+
+def run_all(recipes: Sequence[pretrain.Pretrain | classify.Classify], given: Arguments) -> None:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(given.processes, mp_context=context, max_tasks_per_child=1) as pool:
+        jobs = {pool.submit(run_one, recipe): recipe for recipe in recipes}
+        for number, (job, recipe) in enumerate(jobs.items(), start=1):
+            job.result()
+            print(f"{number} of {len(jobs)}: {recipe.loop.run_dir}", flush=True)
+
+
+def pretrain_all(given: Arguments) -> None:
+    arms = [arm for arm in given.arms if arm != "scratch"]
+    run_all([pretraining(arm, seed, given) for seed in SEEDS for arm in arms], given)
+
+
+def finetune_all(given: Arguments) -> None:
+    sweeps = [fine_tuning(arm, 0, lr, given, sweep=True) for arm in given.arms for lr in RATES]
+    run_all(sweeps, given)
+    finals = [fine_tuning(arm, seed, best_rate(arm, given), given) for seed in SEEDS for arm in given.arms]
+    early = [
+        fine_tuning(arm, seed, best_rate(arm, given), given, epoch=quarter * EPOCHS[arm] // 4)
+        for seed in SEEDS
+        for arm in FOLLOWED
+        if arm in given.arms
+        for quarter in (1, 2, 3)
+    ]
+    run_all(finals + early, given)
+
+
+def best_rate(arm: str, given: Arguments) -> float:
+    return max(RATES, key=lambda lr: top1(fine_tuning(arm, 0, lr, given, sweep=True)))
+
+
+def top1(recipe: classify.Classify) -> float:
+    assert recipe.loop.run_dir is not None
+    return float(json.loads((recipe.loop.run_dir / "report.json").read_text())["val_top1"])
+
+
+def measure_speed(given: Arguments) -> None:
+    """Minutes of each arm's pre-training, one run at a time, from 60 steps of it."""
+    minutes = {}
+    for arm in (arm for arm in given.arms if arm != "scratch"):
+        recipe = pretraining(arm, 0, given)
+        directory = given.out / "speed" / arm
+        loop = replace(recipe.loop, run_dir=directory, max_steps=60)
+        run_all([replace(recipe, loop=loop, knn=KnnConfig())], replace(given, processes=1))
+        lines = [json.loads(line) for line in (directory / "speed.jsonl").read_text().splitlines()]
+        rate = statistics.median(line["images_per_s"] for line in lines[2:])
+        minutes[arm] = EPOCHS[arm] * len(find_images(given.images)) / rate / 60
+    (given.out / "minutes.json").write_text(json.dumps(minutes) + "\n")
+    print(json.dumps(minutes))
+
+
+def report(given: Arguments) -> None:
+    """The tables of docs/results.md, and their picture."""
+    accuracies = {
+        arm: [top1(fine_tuning(arm, seed, best_rate(arm, given), given)) for seed in SEEDS]
+        for arm in given.arms
+    }
+    print(
+        "| arm | learning rate | by seed | mean | against scratch | against pixel |\n"
+        "|---|---|---|---|---|---|"
+    )
+    for arm, values in accuracies.items():
+        against = [
+            "" if other == arm or other not in accuracies else difference(values, accuracies[other])
+            for other in ("scratch", "pixel")
+        ]
+        listed = ", ".join(f"{value:.1%}" for value in values)
+        mean = f"{statistics.mean(values):.1%}"
+        print(f"| {arm} | {best_rate(arm, given):g} | {listed} | {mean} | {' | '.join(against)} |")
+
+
+def difference(values: Sequence[float], others: Sequence[float]) -> str:
+    """Mean of the seeds' differences, in points, with its 95 % interval."""
+    pairs = [100 * (value - other) for value, other in zip(values, others, strict=True)]
+    mean, error = statistics.mean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return f"{mean:+.1f} ± {T_95 * error:.1f}"
+
+
+STAGES: dict[str, Callable[[Arguments], None]] = {
+    "data": write_data,
+    "teacher": train_teacher,
+    "pretrain": pretrain_all,
+    "finetune": finetune_all,
+    "speed": measure_speed,
+    "report": report,
+}
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.processes, mp_context=context, max_tasks_per_child=1) as pool:
-        for job in [pool.submit(run, arm, seed, arguments) for arm, seed in ORDER]:
-            job.result()
+    given = tyro.cli(Arguments, description=__doc__)
+    for stage in given.stages:
+        STAGES[stage](given)
 
 
 if __name__ == "__main__":

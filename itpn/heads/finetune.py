@@ -114,4 +114,4 @@ class ClassifyObjective(nn.Module):
             images = torch.empty(1, self.model.backbone.config.in_channels, *self.image_size)
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 twin(images)
-        return 3.0 * counter.get_total_flops()
+        return float(3 * counter.get_total_flops())

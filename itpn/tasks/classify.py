@@ -234,7 +234,7 @@ def write_report(found: Report, class_names: tuple[str, ...], directory: Path) -
     rows = [row._asdict() for row in found.classes]
     numbers = scores(found) | {"images": found.images, "unreadable": found.unreadable}
     path.write_text(json.dumps(numbers | {"classes": rows}, indent=1) + "\n")
-    confusion_picture(found, names, picture)
+    confusion_picture(found.confusion, found.reliability, names, picture)
     return [path, picture]
 
 

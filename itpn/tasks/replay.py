@@ -13,6 +13,7 @@ from itpn.engine.device_batch import Batch
 from itpn.engine.distributed import DeviceName, World, choose_device
 from itpn.engine.numerics import set_numerics
 from itpn.engine.replay import BadStep
+from itpn.heads.finetune import ClassifyObjective
 from itpn.recipes.classify import Classify
 from itpn.recipes.lookup import Recipe
 from itpn.recipes.pretrain import Pretrain
@@ -35,10 +36,11 @@ def replay_step(
     kept = directory if (directory / replay.STEP).is_file() else directory / "replay"
     before = replay.read(kept)
     weights = files.read(kept / replay.MODEL)
-    recipe: Recipe = weights.recipe(Classify if "classifier" in weights.config else Pretrain)
+    finetunes = "classifier" in weights.config
+    recipe: Recipe = weights.recipe(Classify) if finetunes else weights.recipe(Pretrain)
     if root is not None:
         recipe = replace(recipe, data=replace(recipe.data, root=root))
-    objective: classify.ClassifyObjective | pretrain.Objective
+    objective: ClassifyObjective | pretrain.Objective
     match recipe:
         case Pretrain():
             images = find_images(recipe.data.root, "train", recipe.data.list)

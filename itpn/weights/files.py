@@ -245,8 +245,9 @@ def check(weights: Weights) -> None:
 
 
 def _newest(run: Path) -> Path:
-    if (run / "model.safetensors").is_file():
-        return run / "model.safetensors"
+    for name in ("best.safetensors", "model.safetensors"):  # of a fine-tuned run; of a checkpoint or folder
+        if (run / name).is_file():
+            return run / name
     last = run / "checkpoints" / "last"
     if not last.is_file():
         raise UserError(
