@@ -30,6 +30,7 @@ from itpn.nn.pyramid import Levels, ModelConfig
 from itpn.objectives.distill import DistillObjective
 from itpn.objectives.features import FeaturesConfig
 from itpn.objectives.pixel import PixelConfig, PixelObjective
+from itpn.objectives.stages import FrozenConfig
 from itpn.objectives.teacher import build_teacher
 from itpn.recipes.pretrain import Pretrain
 from itpn.show.curves import loss_curves
@@ -133,14 +134,14 @@ def build(recipe: Pretrain) -> Objective:
 
 
 def teach(objective: Objective) -> str | None:
-    """Give an objective that distils its teacher, and say in one line who that is.
+    """Give an objective its frozen teacher, if it has one, and say in one line who that is.
 
     Raises:
         UserError: there is no such teacher, no weights of it, or its tokens do not match the student's units.
     """
-    if not isinstance(objective, DistillObjective):
+    config, grid = objective.teacher_config, objective.model.backbone.config.grid
+    if config is None:
         return None
-    config, grid = objective.config, objective.model.backbone.config.grid
     path = config.teacher_weights
     teacher = build_teacher(config, grid, None if path is None else read_foreign(path).tensors)
     objective.attach(teacher)
@@ -167,10 +168,13 @@ def load_objective(path: Path, *, mask_ratio: float | None = None) -> PixelObjec
     config = replace(
         trained,
         features=FeaturesConfig(),
+        frozen=FrozenConfig(),
+        teacher="",
+        teacher_weights=None,
         mask_ratio=trained.mask_ratio if mask_ratio is None else mask_ratio,
     )
     objective = PixelObjective(weights.part("model", ModelConfig), config)
-    loading.load_into(objective, weights.without("features"))
+    loading.load_into(objective, weights.without("features").without("frozen"))
     return objective
 
 
