@@ -104,9 +104,9 @@ class Traps:
 
 
 def install(traps: Traps) -> None:
+    from itpn.tasks import pretrain as tasks
     from itpn.engine import checkpoint
     from itpn.objectives.pixel import PixelObjective
-    from itpn.tasks import pretrain as tasks
 
     begin_step, forward, knn = PixelObjective.begin_step, PixelObjective.forward, tasks.knn
     fed = (traps.directory / f"fed-{RANK}.jsonl").open("ab", buffering=0)

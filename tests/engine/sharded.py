@@ -119,9 +119,7 @@ def main(directory: Path) -> None:
         pretrain(directory / "recomputing", world, recomputing, strategy="fsdp", max_steps=3)
         pretrain(directory / "nan", world, diverging(), strategy="fsdp", max_steps=4, skip_bad_steps=1)
 
-        with patch(
-            "itpn.tasks.pretrain.join_world", lambda device: nullcontext(world)
-        ):  # there is one already
+        with patch("itpn.tasks.pretrain.join_world", lambda device: nullcontext(world)):  # there is one already
             for strategy in ("--strategy ddp --max-steps 1", "--strategy fsdp"):
                 assert cli.main([*COMMAND.split(), *strategy.split()]) == 0
 

@@ -101,10 +101,10 @@ def test_the_teacher_sees_the_whole_image_at_its_own_size():
     model = toy_model(image_size=32, patch_size=8)
     objective = toy(model=model)
     seen = []
-    objective._teacher[0].vit.forward_features = lambda x: seen.append(x.shape) or torch.zeros(len(x), 17, 64)
-    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    assert objective.targets(images).shape == (2, 16, 64)
-    assert seen == [(2, 3, 64, 64)]
+    [teacher] = objective.teachers
+    teacher.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].shape))
+    objective(toy_batch(objective))
+    assert seen == [(3, 3, 64, 64)]
 
 
 @pytest.mark.parametrize("loss", ["smooth-l1", "cosine"])

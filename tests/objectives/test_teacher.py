@@ -174,7 +174,7 @@ def test_stays_frozen_and_in_evaluation_mode():
     parent = torch.nn.Sequential(Teacher(toy_vit(drop_path_rate=0.5, proj_drop_rate=0.5), TOKENS)).train()
     images = torch.rand(2, 3, 64, 64, requires_grad=True)
     first = parent(images)
-    assert not first.requires_grad
+    assert not any(tensor.requires_grad for tensor in (first.targets, *first.blocks))
     assert not any(parameter.requires_grad for parameter in parent.parameters())
     assert_close(parent(images), first, atol=0, rtol=0)
 
@@ -186,9 +186,49 @@ def test_bytes_are_floats_times_255():
 
 def test_targets_are_normalised_in_single_precision_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
-        targets = clip()(REFERENCE["image01"])
+        targets, _ = clip()(REFERENCE["image01"])
     assert targets.dtype == torch.float32
     assert_close(targets.mean(-1), torch.zeros(2, 16), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("depth", "thirds"), [(12, [3, 7, 11]), (24, [7, 15, 23]), (2, [0, 0, 1]), (1, [0, 0, 0])]
+)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_blocks_at_thirds_of_the_depth(name, depth, thirds):
+    vit = toy_vit(name, depth=depth, img_size=56 if "14" in name else 64)
+    teacher, seen = Teacher(vit, TOKENS), {}
+    for number, block in enumerate(vit.blocks):
+        block.register_forward_hook(lambda _, __, tokens, number=number: seen.update({number: tokens}))
+    _, blocks = teacher(torch.rand(2, 3, teacher.image_size, teacher.image_size))
+    assert teacher.thirds == thirds
+    for number, tokens in zip(thirds, blocks, strict=True):
+        assert_close(tokens, seen[number][:, vit.num_prefix_tokens :], atol=0, rtol=0)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    state = timm.create_model("test_vit").state_dict()
+    state["blocks.1.norm1.bias"][3] = torch.nan
+    config = replace(TOKENS, teacher="test_vit", teacher_weights=FILE)
+    with pytest.raises(UserError, match=r"--objective\.teacher-weights: blocks\.1\.norm1\.bias .*NaN"):
+        build_teacher(config, state=state)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch16_224", "eva02_small_patch14_224", "vit_small_patch16_dinov3"]
+)
+def test_flops_are_those_of_its_blocks(name):
+    """Two for each multiply-add of the patches, of four projections, two products of attention and the MLP."""
+    depth, width, num_heads = 3, 32, 2
+    vit = toy_vit(name, depth=depth, embed_dim=width, num_heads=num_heads)
+    teacher = Teacher(vit, TOKENS, (4, 4))
+    flops, taught = teacher.flops_per_image()
+    mlp = sum(p.numel() for n, p in vit.blocks[0].mlp.named_parameters() if p.ndim == 2)
+    tokens = 16 + vit.num_prefix_tokens
+    block = tokens * (4 * width**2 + mlp) + 2 * tokens**2 * width
+    assert flops == 2 * (16 * 3 * vit.patch_embed.patch_size[0] ** 2 * width + depth * block)
+    assert taught.targets.is_meta and taught.targets.shape == (1, 16, width)
+    assert not any(parameter.is_meta for parameter in vit.parameters())
 
 
 @pytest.mark.parametrize("sizes", [{"num_classes": 0}, {"global_pool": "map"}])
