@@ -218,7 +218,7 @@ def test_weights_that_are_not_finite_are_refused():
     "name", ["vit_small_patch16_224", "eva02_small_patch14_224", "vit_small_patch16_dinov3"]
 )
 def test_flops_are_those_of_its_blocks(name):
-    """Two for each multiply-add of the patches, of four projections, two products of attention and the MLP."""
+    """Two for each multiply-add: patches, four projections, two products of attention, and the MLP."""
     depth, width, num_heads = 3, 32, 2
     vit = toy_vit(name, depth=depth, embed_dim=width, num_heads=num_heads)
     teacher = Teacher(vit, TOKENS, (4, 4))
