@@ -19,8 +19,10 @@ from itpn.objectives.pixel import PixelObjective
 class Plain(nn.Module):
     """An objective's forward pass once more, with its weights."""
 
-    def __init__(self, objective: PixelObjective) -> None:
+    def __init__(self, objective: nn.Module) -> None:
         super().__init__()
+        if not isinstance(objective, PixelObjective) or objective.frozen is not None:
+            raise UserError("--baseline knows pre-training on pixels without a frozen teacher; leave it out")
         config = objective.model.config.backbone
         if config.drop_path or config.relative_position_bias:
             raise UserError("--baseline knows neither drop path nor relative positions; leave it out")

@@ -30,7 +30,9 @@ from itpn.engine.numerics import (
 from itpn.engine.optim import adamw
 from itpn.engine.step import micro_step
 from itpn.errors import UserError
+from itpn.objectives.distill import DistillConfig, DistillObjective
 from itpn.objectives.pixel import PixelConfig, PixelObjective
+from itpn.objectives.teacher import outline
 from itpn.recipes.lookup import find, load_pretrain
 from itpn.recipes.pretrain import Pretrain
 
@@ -39,11 +41,15 @@ WARM_UP = 2
 BATCH = {"cpu": 16, "mps": 64, "cuda": 256}
 PRODUCTS = {"cpu": 1, "mps": 10, "cuda": 10}
 """Products of the ceiling beside each step."""
+Objective = PixelObjective | DistillObjective
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Time the training step of a config on random images: its parts, FLOP/s, and share of the ceiling."""
+    """Time the training step of a config on random images: its parts, FLOP/s, and share of the ceiling.
+
+    A frozen teacher has random weights; nothing is downloaded.
+    """
 
     name: Annotated[str, tyro.conf.Positional]
     """A config, as `itpn train` takes it."""
@@ -58,7 +64,8 @@ class Bench:
     compile: bool = False
     """Compile each block with torch.compile."""
     baseline: bool = False
-    """Take turns with the same model written plainly (itpn/bench/plain.py)."""
+    """Take turns with the same model written plainly (itpn/bench/plain.py): on pixels, without a frozen
+    teacher."""
     profile: bool = False
     """Show the time of one more step by kind of work."""
     json: Path | None = None
@@ -84,7 +91,7 @@ class Runner:
     """One model that takes steps in the loop's order, its parts on the clock."""
 
     model: nn.Module
-    objective: PixelObjective
+    objective: Objective
     optimizer: torch.optim.Optimizer
     batch: dict[str, Tensor]
     precision: torch.dtype
@@ -96,8 +103,7 @@ class Runner:
     def __post_init__(self) -> None:
         mark = self.clock = Clock(self.batch["images"].device)
         self.model.register_forward_hook(lambda *_: mark.mark("forward"))
-        if self.objective.features:
-            teacher = self.objective.features.teacher
+        for teacher in self.objective.teachers:
             teacher.register_forward_pre_hook(lambda *_: mark.mark("forward"))
             teacher.register_forward_hook(lambda *_: mark.mark("teacher"))
 
@@ -111,9 +117,9 @@ class Runner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         mark("optimiser")
-        if self.objective.features:
-            self.objective.end_step(step, self.num_steps)
-            mark("teacher's average")
+        self.objective.end_step(step, self.num_steps)
+        moving = isinstance(self.objective, PixelObjective) and self.objective.features
+        mark("teacher's average" if moving else "optimiser")
         self.seconds.append(self.clock.read())
         self.losses.append(outputs["loss"].item())
 
@@ -133,6 +139,9 @@ def measure(recipe: Pretrain, options: Bench, console: Console) -> Figures:
     num_steps = WARM_UP + options.steps
 
     objective = build(recipe, device)
+    if options.baseline:
+        Plain(objective)  # says at once if it cannot
+    flops = objective.flops_per_image()
     batch = synthetic_batch(objective, size, device)
     if options.compile:
         for block in objective.compile_blocks():
@@ -169,7 +178,7 @@ def measure(recipe: Pretrain, options: Bench, console: Console) -> Figures:
         compiled=options.compile,
         torch=torch.__version__,
         threads=torch.get_num_threads(),
-        flops_per_image=objective.flops_per_image(),
+        flops_per_image=flops,
         ceiling=product_flops(matrix) / statistics.median(products),
         parts=parts,
         losses=ours.losses[:num_steps],
@@ -180,15 +189,28 @@ def measure(recipe: Pretrain, options: Bench, console: Console) -> Figures:
     )
 
 
-def build(recipe: Pretrain, device: torch.device) -> PixelObjective:
-    """The same weights every time."""
-    if not isinstance(recipe.objective, PixelConfig):
-        raise UserError(f"itpn bench pretrain {recipe.name}: it measures pre-training on pixels alone so far")
+def build(recipe: Pretrain, device: torch.device) -> Objective:
+    """The same weights every time, of a frozen teacher too.
+
+    Raises:
+        UserError: there is no such teacher, or it does not fit.
+    """
     torch.manual_seed(0)
-    return PixelObjective(recipe.model, recipe.objective).to(device).train()
+    objective: Objective
+    match recipe.objective:
+        case PixelConfig() as config:
+            objective = PixelObjective(recipe.model, config)
+        case DistillConfig() as config:
+            objective = DistillObjective(recipe.model, config)
+    if objective.teacher_config is not None:
+        teacher = outline(objective.teacher_config, recipe.model.backbone.grid, "cpu")
+        if teacher is None:
+            raise UserError(f"itpn bench pretrain {recipe.name}: its objective must name a teacher")
+        objective.attach(teacher.to(device))
+    return objective.to(device).train()
 
 
-def synthetic_batch(objective: PixelObjective, size: int, device: torch.device) -> dict[str, Tensor]:
+def synthetic_batch(objective: Objective, size: int, device: torch.device) -> dict[str, Tensor]:
     """Random pixels and masks, the same on every machine."""
     generator = torch.Generator().manual_seed(0)
     config = objective.model.config.backbone

@@ -74,9 +74,9 @@ def teacher_of(objective: PixelObjective | DistillObjective) -> Teacher | None:
     Raises:
         UserError: it does not fit the objective, as training would find.
     """
-    if not isinstance(objective, DistillObjective):
+    if objective.teacher_config is None:
         return None
-    teacher = outline(objective.config, objective.model.backbone.config.grid)
+    teacher = outline(objective.teacher_config, objective.model.backbone.config.grid)
     if teacher is not None:
         objective.attach(teacher)
     return teacher
@@ -238,6 +238,7 @@ def parts(
             "norm": objective.norm,
             "head": objective.head,
             "auxiliary branch": objective.auxiliary,
+            "stage heads": objective.frozen,
         }
         return {name: part for name, part in found.items() if part is not None}
     features = objective.features
@@ -251,4 +252,5 @@ def parts(
         found |= {"teacher": features.teacher, "feature heads": features.heads}
         if features.config.branches == "levels":
             found |= {"feature decoder": features.decoder, "feature tokens": features.level_tokens}
+    found["stage heads"] = objective.frozen
     return {name: part for name, part in found.items() if part is not None}

@@ -103,5 +103,3 @@ def _hits(votes: Tensor, labels: Tensor, top: int) -> Tensor:
     """How many labels are among the top classes; a class without a vote is not."""
     votes, classes = votes.topk(min(top, votes.shape[1]))
     return ((classes == labels[:, None]) & (votes > 0)).sum()
-
-

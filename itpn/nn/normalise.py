@@ -31,3 +31,7 @@ class Normalise(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         top = 255 if images.dtype == torch.uint8 else 1
         return (images * (1 / (top * self.std))).sub_(self.mean / self.std)
+
+    def undo(self, images: Tensor) -> Tensor:
+        """Back to pictures in 0..1."""
+        return (images * self.std + self.mean).clamp(0, 1)

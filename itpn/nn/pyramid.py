@@ -99,6 +99,12 @@ def segmentation_maps(features: Features, levels: Levels, grid: Grid) -> list[Te
     return [*maps, F.max_pool2d(maps[-1], 2)]
 
 
+def level_maps(levels: Levels, grid: Grid) -> list[Tensor]:
+    """Maps ``[B, F, h, w]`` to look at, fine to coarse: without what a place inside a unit has in common over
+    all units, which would cover the rest."""
+    return [to_map(level - level.mean((0, 1)), grid) for level in levels]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What is pre-trained and then fine-tuned, unchanged: the backbone and, unless left out, its pyramid."""

@@ -68,6 +68,34 @@ class LevelEmbeds(nn.Module):
         return [self.p4(levels.p4), self.p8(levels.p8), self.p16(levels.p16)]
 
 
+class UnitEmbed(nn.Module):
+    """LayerNorm of each cell, then one linear layer from all cells of a unit: a convolution with kernel and
+    stride of the unit."""
+
+    def __init__(self, width: int, num_cells: int, out: int, norm_eps: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, norm_eps)
+        self.proj = nn.Linear(num_cells * width, out)
+
+    def forward(self, level: Tensor) -> Tensor:
+        """``[B, N, h, w, F]`` or ``[B, N, F]`` to ``[B, N, C]``."""
+        unit: Tensor = self.proj(self.norm(level).flatten(2))
+        return unit
+
+
+class UnitEmbeds(nn.Module):
+    """All three levels, fine to coarse."""
+
+    def __init__(self, width: int, out: int, norm_eps: float) -> None:
+        super().__init__()
+        self.p4 = UnitEmbed(width, 16, out, norm_eps)
+        self.p8 = UnitEmbed(width, 4, out, norm_eps)
+        self.p16 = UnitEmbed(width, 1, out, norm_eps)
+
+    def forward(self, levels: Levels) -> list[Tensor]:
+        return [self.p4(levels.p4), self.p8(levels.p8), self.p16(levels.p16)]
+
+
 def build_embed(model: ModelConfig, config: DecoderConfig) -> nn.Module:
     """Embeddings of the pyramid's levels, or MAE's single linear layer where there is no pyramid."""
     if model.pyramid:

@@ -4,7 +4,7 @@ Every unit goes through the whole student; hidden ones are replaced by a mask to
 fused into one vector per unit, which predicts the teacher's token of that unit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Literal, NamedTuple
 
@@ -13,14 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from itpn.errors import UserError
-from itpn.nn.hivit import LARGEST, Features, HiViTConfig
-from itpn.nn.layers import GlobalBlock, init_linears
+from itpn.nn.hivit import LARGEST, Features
+from itpn.nn.layers import GlobalBlock, init_linears, to_map, units_of
 from itpn.nn.normalise import Normalise
 from itpn.nn.positions import Relative, relative_index
-from itpn.nn.pyramid import Model, ModelConfig
-from itpn.objectives.decoder import DecoderConfig, LevelEmbeds, mean_over_hidden
+from itpn.nn.pyramid import Model, ModelConfig, level_maps
+from itpn.objectives.auxiliary import Auxiliary
+from itpn.objectives.decoder import DecoderConfig, LevelEmbeds, UnitEmbeds, mean_over_hidden
 from itpn.objectives.masking import BlockMasking
-from itpn.objectives.teacher import Teacher, TeacherConfig
+from itpn.objectives.stages import FrozenConfig, FrozenStages
+from itpn.objectives.teacher import Taught, Teacher, TeacherConfig
+from itpn.objectives.work import flops_of
 
 Loss = Literal["smooth-l1", "cosine", "cross-entropy"]
 
@@ -54,6 +57,7 @@ class DistillConfig(TeacherConfig):
     """Standard deviation of each image channel for the student, in 0..1; ImageNet's."""
     embed_norm_eps: float = 1e-6
     """Epsilon of the LayerNorms in front of the level embeddings (the mmpretrain models have 1e-5)."""
+    frozen: FrozenConfig = field(default_factory=FrozenConfig)
 
     def __post_init__(self) -> None:
         if not 1 <= self.target_width <= LARGEST:
@@ -65,6 +69,21 @@ class Predictions(NamedTuple):
 
     fused: Tensor
     auxiliary: Tensor | None
+
+
+class Comparison(NamedTuple):
+    """What student and teacher see and say, to look at.
+
+    Pictures ``[B, c, H, W]`` in 0..1; the pyramid's maps, fine to coarse; of each unit the teacher's target
+    and the student's prediction from the masked image, both of length 1, and their cosine similarity.
+    """
+
+    original: Tensor
+    masked: Tensor
+    levels: list[Tensor]
+    target: Tensor
+    prediction: Tensor
+    similarity: Tensor
 
 
 class DistillObjective(nn.Module):
@@ -97,21 +116,31 @@ class DistillObjective(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
         for part in (self.embed, self.head):
             init_linears(part, "normal")
+        self.frozen = FrozenStages(width, config.frozen) if config.frozen.weight else None
+
+    @property
+    def teacher_config(self) -> TeacherConfig:
+        return self.config
+
+    @property
+    def teachers(self) -> list[nn.Module]:
+        """What runs forward only."""
+        return [*self._teacher]
 
     def attach(self, teacher: Teacher) -> None:
         """Give the objective the teacher that it is trained by.
 
         Raises:
-            UserError: its targets are of another width, or of another grid.
+            UserError: its targets or blocks are of another width, or of another grid.
         """
-        config, grid = self.config, self.model.backbone.config.grid
-        if teacher.width != config.target_width:
+        if teacher.width != self.config.target_width:
             raise UserError(
-                f"--objective.target-width is {config.target_width}, but the teacher's targets have "
+                f"--objective.target-width is {self.config.target_width}, but the teacher's targets have "
                 f"{teacher.width} channels: give that number"
             )
-        if teacher.grid != grid:
-            raise UserError(f"the teacher has {teacher.grid} tokens, the student {grid} units")
+        teacher.check(self.model.backbone.config.grid)
+        if self.frozen is not None:
+            self.frozen.check(teacher)
         self._teacher = [teacher]
 
     @property
@@ -131,35 +160,39 @@ class DistillObjective(nn.Module):
         """From ``images: uint8 [B, c, H, W]``, ``hidden: bool [B, N]``, perhaps ``drop [B, D]``.
 
         Returns:
-            ``loss`` and its parts ``fused`` and, with the auxiliary branch, ``auxiliary``.
+            ``loss`` and its parts ``fused``, with the auxiliary branch ``auxiliary``, and with supervision of
+            the stages ``frozen`` and each stage's numbers.
         """
+        [teacher] = self._teacher
+        return self.losses(batch, teacher.teach(batch["images"]))
+
+    def losses(self, batch: dict[str, Tensor], taught: Taught) -> dict[str, Tensor]:
+        """What `forward` returns, from what the teacher said."""
         images, hidden = batch["images"], batch["hidden"]
-        target = self.targets(images)
         supervised = hidden if self.config.positions == "hidden" else None
-        predictions = self.predict(self.normalise(images), hidden, batch.get("drop"))
+        units, auxiliary = self.encode(self.normalise(images), hidden, batch.get("drop"))
         losses = {
-            name: distill_loss(prediction, target, self.config.loss, supervised)
-            for name, prediction in predictions._asdict().items()
+            name: distill_loss(prediction, taught.targets, self.config.loss, supervised)
+            for name, prediction in (("fused", self.head(units)), ("auxiliary", auxiliary))
             if prediction is not None
         }
-        return {
-            "loss": torch.stack(list(losses.values())).sum(),
-            **{name: loss.detach() for name, loss in losses.items()},
-        }
-
-    def targets(self, images: Tensor) -> Tensor:
-        """The teacher's tokens ``[B, N, T]`` for uint8 ``images``, resized to what it needs, in bf16."""
-        [teacher] = self._teacher
-        size = (teacher.image_size, teacher.image_size)
-        pixels = images.float() / 255
-        if pixels.shape[2:] != size:
-            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
-        with torch.autocast(images.device.type, torch.bfloat16):
-            tokens: Tensor = teacher.to(images.device)(pixels)
-        return tokens
+        loss = torch.stack(list(losses.values())).sum()
+        parts = {name: loss.detach() for name, loss in losses.items()}
+        if self.frozen is not None:
+            frozen, logged = self.frozen(units, taught.blocks, self.model.backbone.grid_of(images), hidden)
+            loss, parts = loss + frozen, parts | logged
+        return {"loss": loss, **parts}
 
     def predict(self, images: Tensor, hidden: Tensor, drop: Tensor | None = None) -> Predictions:
-        """From normalised images ``[B, c, H, W]`` and ``hidden [B, N]``, True where the token goes.
+        """As `encode`, but the fused vectors as predictions, too."""
+        units, auxiliary = self.encode(images, hidden, drop)
+        return Predictions(self.head(units), auxiliary)
+
+    def encode(
+        self, images: Tensor, hidden: Tensor, drop: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """From normalised images ``[B, c, H, W]`` and ``hidden [B, N]``, True where the token goes, to the
+        pyramid's fused vectors ``[B, N, C]`` and the auxiliary branch's prediction.
 
         Args:
             drop: uniform numbers ``[B, D]`` that decide drop path in training.
@@ -180,12 +213,12 @@ class DistillObjective(nn.Module):
         c16, tapped = backbone.context(backbone.embed(tokens, grid), relative, taps, late)
         levels = self.embed(pyramid(Features(c4, c8, c16)))
         norm = pyramid.norm if self.norm is None else self.norm
-        fused = self.head(norm(reduce(torch.add, levels)))
+        units = norm(reduce(torch.add, levels))
         if self.auxiliary is None:
-            return Predictions(fused, None)
+            return units, None
         method = backbone.config.relative_resampling
         pairs = Relative(relative_index(grid).to(images.device), grid, method)
-        return Predictions(fused, self.auxiliary(tapped[0], pairs, last))
+        return units, self.auxiliary(tapped[0], pairs, last)
 
     def _split_drops(self, drop: Tensor | None) -> tuple[Tensor | None, ...]:
         """The numbers for stages 1 and 2, for stage 3, and for the auxiliary branch."""
@@ -196,78 +229,51 @@ class DistillObjective(nn.Module):
         early = backbone.num_drops - late
         return torch.split(drop, [early, late, drop.shape[1] - early - late], dim=1)
 
-    def begin_step(self, step: int, num_steps: int) -> None: ...
+    @torch.no_grad()
+    def compare(self, images: Tensor, hidden: Tensor) -> Comparison:
+        """Student and teacher on uint8 ``images``; the masked picture shows what stage 3 sees."""
+        [teacher] = self._teacher
+        pixels = self.normalise(images)
+        grid, patch_size = self.model.backbone.grid_of(pixels), self.model.backbone.config.patch_size
+        units = units_of(pixels, patch_size)
+        masked = to_map(torch.where(hidden[:, :, None, None, None], torch.zeros_like(units), units), grid)
+        target = F.normalize(teacher.teach(images).targets, dim=-1)
+        prediction = F.normalize(self.predict(pixels, hidden).fused.float(), dim=-1)
+        _, levels = self.model(pixels)
+        similarity = (target * prediction).sum(-1, keepdim=True)
+        return Comparison(
+            self.normalise.undo(pixels),
+            self.normalise.undo(masked),
+            level_maps(levels, grid),
+            *(to_map(tokens, grid) for tokens in (target, prediction, similarity)),
+        )
 
-    def end_step(self, step: int, num_steps: int) -> None: ...
+    def begin_step(self, step: int, num_steps: int) -> None:
+        if self.frozen is not None:
+            self.frozen.begin_step(step, num_steps)
+
+    def end_step(self, step: int, num_steps: int) -> None:
+        if self.frozen is not None:
+            self.frozen.keep_statistics()
+
+    def flops_per_image(self) -> float:
+        """Floating-point operations of a training step on one image: matrix products, backward as twice
+        forward, nothing but forward for the teacher."""
+        [teacher] = self._teacher
+        with torch.device("meta"):
+            twin = DistillObjective(self.model.config, self.config)
+            backbone = self.model.backbone.config
+            images = torch.empty(1, backbone.in_channels, backbone.image_size, backbone.image_size)
+            hidden = torch.empty(1, backbone.num_units, dtype=torch.bool)
+            frozen, taught = teacher.flops_per_image()
+            student, _ = flops_of(lambda: twin.losses({"images": images, "hidden": hidden}, taught))
+        return float(3 * student + frozen)
 
     def compile_blocks(self) -> list[nn.Module]:
         """The modules that are worth compiling one by one."""
         blocks: list[nn.Module] = [*self.model.backbone.blocks()]
         blocks += [self.model.pyramid] if self.model.pyramid else []
         return blocks + (list(self.auxiliary.blocks) if self.auxiliary else [])
-
-
-class Auxiliary(nn.Module):
-    """Two blocks, a LayerNorm and a linear layer on a block of stage 3; its bias tables are its own.
-
-    The blocks' LayerNorms have epsilon 1e-5, whatever the backbone's, as the released weights need.
-    """
-
-    def __init__(self, config: HiViTConfig, target_width: int) -> None:
-        super().__init__()
-        width, depths, num_heads, layers = config.shape
-        window = config.relative_grid or config.grid
-        first = sum(depths[:2]) + 3 * depths[2] // 4  # they drop out as the blocks beside which they stand
-        rates = torch.linspace(0, config.drop_path, sum(depths), device="cpu").tolist()[first : first + 2]
-        self.blocks = nn.ModuleList(
-            [
-                GlobalBlock(
-                    width, num_heads, config.stage3_mlp_ratio, 1e-5, window, config.layer_scale, rate,
-                    fast=layers == "fast",
-                )
-                for rate in (*rates, config.drop_path)[:2]
-            ]
-        )  # fmt: skip
-        self.norm = nn.LayerNorm(width, config.norm_eps)
-        self.head = nn.Linear(width, target_width)
-        init_linears(self, "normal")
-
-    def forward(self, tokens: Tensor, relative: Relative, drop: Tensor | None = None) -> Tensor:
-        """``drop [B, 4]``: the samples' numbers for drop path."""
-        drops = [None, None] if drop is None else drop.chunk(2, dim=1)
-        for block, uniform in zip(self.blocks, drops, strict=True):
-            tokens = block(tokens, relative, uniform)
-        tokens = self.head(self.norm(tokens))
-        return tokens
-
-
-class UnitEmbed(nn.Module):
-    """LayerNorm of each cell, then one linear layer from all cells of a unit: a convolution with kernel and
-    stride of the unit."""
-
-    def __init__(self, width: int, num_cells: int, out: int, norm_eps: float) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width, norm_eps)
-        self.proj = nn.Linear(num_cells * width, out)
-
-    def forward(self, level: Tensor) -> Tensor:
-        """``[B, N, h, w, F]`` or ``[B, N, F]`` to ``[B, N, C]``."""
-        unit: Tensor = self.proj(self.norm(level).flatten(2))
-        return unit
-
-
-class UnitEmbeds(nn.Module):
-    """All three levels, fine to coarse."""
-
-    def __init__(self, width: int, out: int, norm_eps: float) -> None:
-        super().__init__()
-        self.p4 = UnitEmbed(width, 16, out, norm_eps)
-        self.p8 = UnitEmbed(width, 4, out, norm_eps)
-        self.p16 = UnitEmbed(width, 1, out, norm_eps)
-
-    def forward(self, levels: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
-        p4, p8, p16 = levels
-        return [self.p4(p4), self.p8(p8), self.p16(p16)]
 
 
 def distill_loss(prediction: Tensor, target: Tensor, loss: Loss, hidden: Tensor | None = None) -> Tensor:

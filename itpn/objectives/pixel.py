@@ -7,20 +7,23 @@ variance. Without a pyramid the same objective is MAE.
 
 from dataclasses import dataclass, field
 from functools import reduce
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from itpn.errors import UserError
 from itpn.nn.layers import init_linears, to_map, units_of
 from itpn.nn.normalise import Normalise
-from itpn.nn.pyramid import Levels, Model, ModelConfig
+from itpn.nn.pyramid import Levels, Model, ModelConfig, level_maps
 from itpn.objectives.decoder import Decoder, DecoderConfig, build_embed, fill, mean_over_hidden
-from itpn.objectives.features import FeatureModeling, FeaturesConfig, repeated_for_masks
+from itpn.objectives.features import FeatureModeling, FeaturesConfig
 from itpn.objectives.masking import RandomMasking, hidden_units, num_kept
+from itpn.objectives.stages import FrozenConfig, FrozenStages, repeated_for_masks
+from itpn.objectives.teacher import Taught, Teacher, TeacherConfig
+from itpn.objectives.work import flops_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +38,23 @@ class PixelConfig:
     """Standard deviation of each image channel, in 0..1; ImageNet's."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    frozen: FrozenConfig = field(default_factory=FrozenConfig)
+    teacher: str = ""
+    """The frozen teacher as timm names it; without teacher_weights it is downloaded."""
+    teacher_weights: Path | None = None
+    """File of the frozen teacher's weights: of the model of that name, or without a name of a CLIP of
+    OpenAI's."""
 
     def __post_init__(self) -> None:
+        if not self.frozen.weight and (self.teacher or self.teacher_weights):
+            raise UserError("--objective.teacher: it teaches nothing; give --objective.frozen.weight above 0")
         if self.masks_per_image < 1:
             raise UserError(f"objective.masks_per_image: {self.masks_per_image} must be at least 1")
 
 
 class Reconstruction(NamedTuple):
-    """Pictures ``[B, c, H, W]`` in 0..1, and the pyramid's maps ``[B, F, h, w]``, fine to coarse.
-
-    The maps are without what a place inside a unit has in common over all units, which would cover the rest;
-    MAE has none.
-    """
+    """Pictures ``[B, c, H, W]`` in 0..1, and the pyramid's maps ``[B, F, h, w]`` to look at, fine to coarse;
+    MAE has none."""
 
     original: Tensor
     masked: Tensor
@@ -79,6 +87,35 @@ class PixelObjective(nn.Module):
         )
         nn.init.normal_(self.mask_token, std=0.02)
         init_linears(self.head, config.decoder.init)
+        self.frozen = (
+            FrozenStages(width, config.frozen, config.decoder.init) if config.frozen.weight else None
+        )
+        self._teacher: list[Teacher] = []  # a list hides it: it is not trained, saved, shared out or compiled
+
+    @property
+    def teacher_config(self) -> TeacherConfig | None:
+        """The frozen teacher that it needs."""
+        if self.frozen is None:
+            return None
+        config = self.config
+        return TeacherConfig(teacher=config.teacher, teacher_weights=config.teacher_weights, target="tokens")
+
+    def attach(self, teacher: Teacher) -> None:
+        """Give the objective its frozen teacher.
+
+        Raises:
+            UserError: its blocks are of another width, or of another grid.
+        """
+        assert self.frozen is not None
+        self.frozen.check(teacher)
+        teacher.check(self.model.backbone.config.grid)
+        self._teacher = [teacher]
+
+    @property
+    def teachers(self) -> list[nn.Module]:
+        """What runs forward only, the moving average first."""
+        average: list[nn.Module] = [self.features.teacher] if self.features else []
+        return [*average, *self._teacher]
 
     @property
     def draw(self) -> RandomMasking:
@@ -91,21 +128,34 @@ class PixelObjective(nn.Module):
         """From ``images: uint8 [B, c, H, W]``, ``keep: long [B, M, K]``, perhaps ``drop [B, M, D]``.
 
         Returns:
-            ``loss`` and its parts ``pixel`` and, with masked feature modeling, ``feature`` and each stage's
-            numbers.
+            ``loss`` and its parts ``pixel`` and, with masked feature modeling, ``feature``, with a frozen
+            teacher ``frozen``, and each stage's numbers.
         """
+        taught = None
+        if self.frozen is not None:
+            [teacher] = self._teacher
+            taught = teacher.teach(batch["images"])
+        return self.losses(batch, taught)
+
+    def losses(self, batch: dict[str, Tensor], taught: Taught | None) -> dict[str, Tensor]:
+        """What `forward` returns, from what the frozen teacher said."""
         whole = self.normalise(batch["images"])
         keep, drop = batch["keep"].flatten(0, 1), batch["drop"].flatten(0, 1) if "drop" in batch else None
         images = repeated_for_masks(whole, self.config.masks_per_image)
         hidden = hidden_units(keep, self._num_units(images))
 
         embedded, _ = self.encode(images, keep, drop)
-        decoded = self.decode(embedded, keep, hidden, self.model.backbone.grid_of(images))
-        pixel = self.pixel_loss(self.head(decoded), images, hidden)
-        if self.features is None:
-            return {"loss": pixel, "pixel": pixel.detach()}
-        feature, parts = self.features(whole, decoded, embedded, keep, hidden)
-        return {"loss": pixel + self.features.weight * feature, "pixel": pixel.detach(), **parts}
+        grid = self.model.backbone.grid_of(images)
+        decoded = self.decode(embedded, keep, hidden, grid)
+        loss = self.pixel_loss(self.head(decoded), images, hidden)
+        parts = {"pixel": loss.detach()}
+        if self.features is not None:
+            feature, logged = self.features(whole, decoded, embedded, keep, hidden)
+            loss, parts = loss + self.features.weight * feature, parts | logged
+        if self.frozen is not None and taught is not None:
+            frozen, logged = self.frozen(decoded, taught.blocks, grid, hidden)
+            loss, parts = loss + frozen, parts | logged
+        return {"loss": loss, **parts}
 
     def encode(
         self, images: Tensor, keep: Tensor, drop: Tensor | None = None
@@ -143,38 +193,43 @@ class PixelObjective(nn.Module):
         hide = hidden[:, :, None, None, None]
 
         def picture(cells: Tensor) -> Tensor:
-            return (to_map(cells, grid) * self.normalise.std + self.normalise.mean).clamp(0, 1)
+            return self.normalise.undo(to_map(cells, grid))
 
         return Reconstruction(
             picture(units),
             picture(torch.where(hide, torch.zeros_like(units), units)),
             picture(torch.where(hide, predicted.view_as(units), units)),
-            [to_map(level - level.mean((0, 1)), grid) for level in levels] if levels else [],
+            level_maps(levels, grid) if levels else [],
         )
 
     def begin_step(self, step: int, num_steps: int) -> None:
-        if self.features is not None:
-            self.features.begin_step(step, num_steps)
+        for heads in (self.features, self.frozen):
+            if heads is not None:
+                heads.begin_step(step, num_steps)
 
     def end_step(self, step: int, num_steps: int) -> None:
         if self.features is not None:
             self.features.end_step(self.model.backbone, step, num_steps)
+        if self.frozen is not None:
+            self.frozen.keep_statistics()
 
     def flops_per_image(self) -> float:
         """Floating-point operations of a training step on one image: matrix products, backward as twice
-        forward."""
+        forward, nothing but forward for teachers."""
         with torch.device("meta"):
             twin = PixelObjective(self.model.config, self.config)
             backbone = self.model.backbone.config
             whole = torch.empty(1, backbone.in_channels, backbone.image_size, backbone.image_size)
             keep = torch.empty(1, self.config.masks_per_image, self.num_kept, dtype=torch.long)
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                twin({"images": whole, "keep": keep})
-            total = counter.get_total_flops()
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                if twin.features is not None:
-                    twin.features.teacher(whole)  # it has no backward
-        return float(3 * total - 2 * counter.get_total_flops())
+            average = frozen = 0
+            taught = None
+            if twin.features is not None:
+                moving = twin.features.teacher
+                average, _ = flops_of(lambda: moving(whole))
+            if self._teacher:
+                frozen, taught = self._teacher[0].flops_per_image()
+            total, _ = flops_of(lambda: twin.losses({"images": whole, "keep": keep}, taught))
+        return float(3 * total - 2 * average + frozen)
 
     def compile_blocks(self) -> list[nn.Module]:
         """The modules that are worth compiling one by one."""

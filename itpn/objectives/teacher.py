@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from itpn.errors import UserError
 from itpn.nn.positions import Grid, resample_table
+from itpn.objectives.work import flops_of, without_weights
 
 if TYPE_CHECKING:  # timm takes two seconds to import; only those who build a teacher wait for it
     from timm.models.eva import Eva
@@ -48,8 +49,16 @@ class TeacherConfig:
     (bicubic by a factor of (new + 0.1) / old)."""
 
 
+class Taught(NamedTuple):
+    """What a teacher says of images, row by row: targets ``[B, N, D]`` in fp32, and the tokens ``[B, N, T]``
+    after its blocks at one third, two thirds and the end of its depth, without its last norm."""
+
+    targets: Tensor
+    blocks: list[Tensor]
+
+
 class Teacher(nn.Module):
-    """Images to targets, without gradient, always in evaluation mode.
+    """Images to targets and blocks, without gradient, always in evaluation mode.
 
     Args:
         vit: a timm model; mean and standard deviation of its images are in its ``pretrained_cfg``.
@@ -83,6 +92,12 @@ class Teacher(nn.Module):
         """Numbers in a target."""
         return self.vit.num_classes if self.config.target == "projected" else self.vit.embed_dim
 
+    @property
+    def thirds(self) -> list[int]:
+        """Numbers of the blocks at one third, two thirds and the end of the depth; of 12: 3, 7 and 11."""
+        depth = len(self.vit.blocks)
+        return [max(1, depth * third // 3) - 1 for third in (1, 2, 3)]
+
     def needed_size(self, grid: Grid) -> int:
         """Pixels per side of an image with ``grid`` tokens: 196 for 14 x 14 tokens of 14 pixels."""
         rows, cols = grid
@@ -94,21 +109,54 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Targets ``[B, N, D]`` in fp32, row by row, of images ``[B, 3, H, W]``, floats in 0..1 or uint8."""
+    def forward(self, images: Tensor) -> Taught:
+        """What it says of images ``[B, 3, H, W]``, floats in 0..1 or uint8."""
         if images.shape[2:] != (self.image_size, self.image_size):
             raise UserError(
                 f"the teacher was given {images.shape[2]} x {images.shape[3]} pixels, but its "
                 f"{self.grid[0]} x {self.grid[1]} tokens need {self.image_size} x {self.image_size}"
             )
         top = 255 if images.dtype == torch.uint8 else 1
-        tokens = self.vit.forward_features((images / top - self.mean) / self.std)
+        numbers = sorted(set(self.thirds))
+        tokens, blocks = cast(
+            tuple[Tensor, list[Tensor]],
+            self.vit.forward_intermediates(
+                (images / top - self.mean) / self.std, indices=numbers, output_fmt="NLC"
+            ),
+        )
+        by_number = dict(zip(numbers, blocks, strict=True))
         targets = self.vit.fc_norm(tokens[:, self.vit.num_prefix_tokens :])
         if self.config.target == "projected":
             targets = self.vit.head(targets)
+        targets = targets.float()
         if self.config.target_normalisation == "layer-norm":
-            return F.layer_norm(targets.float(), targets.shape[-1:])
-        return cast(Tensor, targets.float())
+            targets = F.layer_norm(targets, targets.shape[-1:])
+        return Taught(targets, [by_number[number] for number in self.thirds])
+
+    def check(self, grid: Grid) -> None:
+        """That it has a token for each unit of a student.
+
+        Raises:
+            UserError: it has not.
+        """
+        if self.grid != grid:
+            raise UserError(f"the teacher has {self.grid} tokens, the student {grid} units")
+
+    def flops_per_image(self) -> tuple[int, Taught]:
+        """Floating-point operations for one image, and what comes out, on the meta device."""
+        twin = without_weights(self)
+        images = torch.empty(1, 3, self.image_size, self.image_size, device="meta")
+        return flops_of(lambda: cast(Taught, twin(images)))
+
+    def teach(self, images: Tensor) -> Taught:
+        """What it says of uint8 ``images`` of any size, resized to what it needs, in bf16."""
+        size = (self.image_size, self.image_size)
+        pixels = images.float() / 255
+        if pixels.shape[2:] != size:
+            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+        with torch.autocast(images.device.type, torch.bfloat16):
+            taught: Taught = self.to(images.device)(pixels)
+        return taught
 
 
 def pretrained_config(vit: nn.Module) -> dict[str, Any]:
@@ -140,17 +188,25 @@ def build_teacher(
     if (config.teacher_weights is None) != (state is None):
         raise ValueError("state is what config.teacher_weights holds: give both or neither")
     if config.teacher:
-        return Teacher(from_timm(config.teacher, {"state_dict": dict(state)} if state else {}), config, grid)
-    if state is None:
+        vit = from_timm(config.teacher, {"state_dict": dict(state)} if state else {})
+    elif state is not None:
+        vit = from_openai(state)
+    else:
         raise UserError(
             f"--objective.teacher: there is none; give a timm name to download (--objective.teacher {CLIP}) "
             "or a file of CLIP's weights (--objective.teacher-weights)"
         )
-    return Teacher(from_openai(state), config, grid)
+    odd = next((name for name, weight in vit.named_parameters() if not weight.isfinite().all()), None)
+    if odd is not None:
+        raise UserError(f"--objective.teacher-weights: {odd} has values that are NaN or infinite")
+    return Teacher(vit, config, grid)
 
 
-def outline(config: TeacherConfig, grid: Grid | None = None) -> Teacher | None:
-    """The teacher without its weights, on the meta device: to count it, and to see whether it fits.
+def outline(
+    config: TeacherConfig, grid: Grid | None = None, device: torch.device | str = "meta"
+) -> Teacher | None:
+    """The teacher without its weights: on the meta device to count it and to see whether it fits, on another
+    with random ones, to time it. Nothing is downloaded.
 
     None where no name but a file alone says what it is.
 
@@ -159,8 +215,8 @@ def outline(config: TeacherConfig, grid: Grid | None = None) -> Teacher | None:
     """
     if not config.teacher:
         return None
-    with torch.device("meta"):
-        return Teacher(_outlined(config.teacher, {}, {}), config, grid)
+    with torch.device(device):
+        return Teacher(_outlined(config.teacher, {}, {}, device), config, grid)
 
 
 def from_timm(name: str, overlay: Mapping[str, Any], sizes: Mapping[str, Any] | None = None) -> Vit:
@@ -189,14 +245,16 @@ def from_timm(name: str, overlay: Mapping[str, Any], sizes: Mapping[str, Any] | 
     return _without_added_bias(cast(Vit, vit))
 
 
-def _outlined(name: str, overlay: Mapping[str, Any], sizes: Mapping[str, Any]) -> Vit:
-    """The timm model ``name`` on the meta device, if it is one that can teach."""
+def _outlined(
+    name: str, overlay: Mapping[str, Any], sizes: Mapping[str, Any], device: torch.device | str = "meta"
+) -> Vit:
+    """The timm model ``name`` without its weights, if it is one that can teach."""
     import timm
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             vit = timm.create_model(name, pretrained_cfg_overlay=dict(overlay), **sizes)
     except (OSError, RuntimeError) as error:
         near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained())

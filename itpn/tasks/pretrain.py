@@ -27,10 +27,11 @@ from itpn.nn.pyramid import Levels, ModelConfig
 from itpn.objectives.distill import DistillObjective
 from itpn.objectives.features import FeaturesConfig
 from itpn.objectives.pixel import PixelConfig, PixelObjective
+from itpn.objectives.stages import FrozenConfig
 from itpn.objectives.teacher import build_teacher
 from itpn.recipes.pretrain import Pretrain
 from itpn.show.curves import loss_curves
-from itpn.show.reconstruction import reconstruction_picture
+from itpn.show.reconstruction import distillation_picture, reconstruction_picture
 from itpn.tasks.common import batches, config_of, has_checkpoint, is_finished, open_run
 from itpn.weights import files, loading
 from itpn.weights.convert import read_foreign
@@ -93,14 +94,14 @@ def build(recipe: Pretrain) -> Objective:
 
 
 def teach(objective: Objective) -> str | None:
-    """Give an objective that distils its teacher, and say in one line who that is.
+    """Give an objective its frozen teacher, if it has one, and say in one line who that is.
 
     Raises:
         UserError: there is no such teacher, no weights of it, or its tokens do not match the student's units.
     """
-    if not isinstance(objective, DistillObjective):
+    config, grid = objective.teacher_config, objective.model.backbone.config.grid
+    if config is None:
         return None
-    config, grid = objective.config, objective.model.backbone.config.grid
     path = config.teacher_weights
     teacher = build_teacher(config, grid, None if path is None else read_foreign(path).tensors)
     objective.attach(teacher)
@@ -127,10 +128,13 @@ def load_objective(path: Path, *, mask_ratio: float | None = None) -> PixelObjec
     config = replace(
         trained,
         features=FeaturesConfig(),
+        frozen=FrozenConfig(),
+        teacher="",
+        teacher_weights=None,
         mask_ratio=trained.mask_ratio if mask_ratio is None else mask_ratio,
     )
     objective = PixelObjective(weights.part("model", ModelConfig), config)
-    loading.load_into(objective, weights.without("features"))
+    loading.load_into(objective, weights.without("features").without("frozen"))
     return objective
 
 
@@ -146,14 +150,17 @@ def _pictured(recipe: Pretrain, images: Images) -> Tensor:
 
 
 def _pictures(recipe: Pretrain, images: Images, objective: Objective, world: World) -> EpochEnd:
-    """Original, masked, reconstruction and the pyramid's maps of the same images and masks every time."""
-    if not isinstance(objective, PixelObjective):
-        return EpochEnd(0, lambda epoch, step: {})
+    """What becomes of the same images under the same masks every time."""
     pixels = _pictured(recipe, images) if recipe.loop.picture_every else torch.empty(0)
 
     def draw(epoch: int, step: int) -> dict[str, Image]:
         generator = torch.Generator().manual_seed(recipe.loop.seed)
-        return {"reconstruction": picture_of(objective, pixels.to(world.device), generator)}
+        shown = pixels.to(world.device)
+        match objective:
+            case PixelObjective():
+                return {"reconstruction": picture_of(objective, shown, generator)}
+            case DistillObjective():
+                return {"distillation": comparison_of(objective, shown, generator)}
 
     return EpochEnd(recipe.loop.picture_every if len(pixels) else 0, draw)
 
@@ -173,6 +180,30 @@ def picture_of(
         shown.masked.cpu(),
         shown.reconstruction.cpu(),
         [(name, level.cpu()) for name, level in named],
+        captions,
+    )
+
+
+def comparison_of(objective: DistillObjective, images: Tensor, generator: torch.Generator) -> Image:
+    """The picture of student and teacher on uint8 ``images [B, 3, H, W]``, under masks from ``generator``."""
+    training = objective.training
+    objective.eval()
+    hidden = torch.stack([objective.draw(generator)["hidden"] for _ in images]).to(images.device)
+    shown = objective.compare(images, hidden)
+    objective.train(training)
+    similarity = shown.similarity.flatten(1)
+    captions = [
+        f"cosine similarity {values[mask].mean():.2f} on the {mask.sum()} hidden units, "
+        f"{values[~mask].mean():.2f} on the others"
+        for values, mask in zip(similarity, hidden, strict=True)
+    ]
+    return distillation_picture(
+        shown.original.cpu(),
+        shown.masked.cpu(),
+        [(name, level.cpu()) for name, level in zip(Levels._fields, shown.levels, strict=True)],
+        shown.target.cpu(),
+        shown.prediction.cpu(),
+        shown.similarity.cpu(),
         captions,
     )
 
@@ -225,7 +256,5 @@ def _finish(recipe: Pretrain, objective: Objective, run: Run, step: int) -> None
         ) from error
     run.finish(step)
     run.say(f"finished: {path} holds backbone and pyramid")
-    seen = (
-        "the newest reconstruction, and curves.png" if isinstance(objective, PixelObjective) else "curves.png"
-    )
-    run.say(f"look first at {run.pictures}: {seen}")
+    seen = "reconstruction" if isinstance(objective, PixelObjective) else "distillation"
+    run.say(f"look first at {run.pictures}: the newest {seen}, and curves.png")

@@ -245,9 +245,9 @@ def check(weights: Weights) -> None:
 
 
 def _newest(run: Path) -> Path:
-    for name in ("best.safetensors", "model.safetensors"):  # of a fine-tuned run; of a checkpoint or folder
-        if (run / name).is_file():
-            return run / name
+    for file in ("best.safetensors", "model.safetensors"):  # of a fine-tuned run; of a checkpoint or folder
+        if (run / file).is_file():
+            return run / file
     last = run / "checkpoints" / "last"
     if not last.is_file():
         raise UserError(

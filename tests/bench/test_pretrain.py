@@ -12,12 +12,14 @@ from itpn.bench.profile import kind_of
 from itpn.commands import bench
 from itpn.engine.step import micro_step
 from itpn.errors import UserError
+from tests.counting import macs_of_backbone, macs_of_pyramid, macs_of_tokens
 from tests.toys import toy_batch, toy_objective
 
 CONFIG = """
 from dataclasses import replace
 
 from itpn.recipes.pretrain import itpn_pixel
+from tests.counting import macs_of_backbone, macs_of_pyramid, macs_of_tokens
 from tests.toys import toy_objective
 
 _toy = toy_objective({features})
@@ -77,20 +79,6 @@ def test_no_steps_is_an_error(tmp_path):
         run([str(config), "--steps", "0"])
 
 
-def macs_of_tokens(tokens: int, width: int, ratio: float) -> float:
-    """A transformer block: four square projections, two products of attention, an MLP."""
-    return tokens * (4 + 2 * ratio) * width**2 + 2 * tokens**2 * width
-
-
-def macs_of_backbone(units: int, width: int, depths: tuple[int, int, int]) -> float:
-    """The toy's: units of 16 pixels, early MLPs of ratio 3, later ones of ratio 2."""
-    quarter, half = width // 4, width // 2
-    stem = units * 16 * (4 * 4 * 3) * quarter
-    early = depths[0] * 16 * 2 * 3 * quarter**2 + depths[1] * 4 * 2 * 3 * half**2
-    merges = 4 * 4 * quarter * half + 4 * half * width
-    return stem + units * (early + merges) + depths[2] * macs_of_tokens(units, width, 2)
-
-
 @pytest.mark.parametrize("features", [None, {}])
 @pytest.mark.parametrize("masks", [1, 2])
 def test_flops_by_hand(features, masks):
@@ -98,11 +86,8 @@ def test_flops_by_hand(features, masks):
     objective = toy_objective(features, masks_per_image=masks)
     visible, units, width, pyramid, decoder = 4, 16, 32, 24, 32
     student = macs_of_backbone(visible, width, (1, 1, 2))
-    level16 = width * pyramid + 4 * pyramid**2
-    level8 = width * 4 * pyramid + 4 * (width // 2) * pyramid + 2 * 4 * 4 * pyramid**2
-    level4 = 4 * pyramid * 4 * pyramid + 16 * (width // 4) * pyramid + 2 * 16 * 4 * pyramid**2
     embeds = 3 * pyramid * decoder
-    student += visible * (level16 + level8 + level4 + embeds)
+    student += visible * (macs_of_pyramid(width, pyramid) + embeds)
     student += macs_of_tokens(units, decoder, 2) + units * decoder * 768
     teacher = 0.0
     if features is not None:

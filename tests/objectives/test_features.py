@@ -10,14 +10,9 @@ import torch.nn.functional as F
 
 from itpn.errors import UserError
 from itpn.nn.hivit import HiViT
-from itpn.objectives.features import (
-    FeaturesConfig,
-    RunningStatistics,
-    momentum_at,
-    position_share,
-    relative_variance,
-)
+from itpn.objectives.features import FeaturesConfig, momentum_at
 from itpn.objectives.masking import hidden_units
+from itpn.objectives.stages import RunningStatistics, position_share, relative_variance
 from tests.toys import toy_batch, toy_objective
 
 VARIANTS = [

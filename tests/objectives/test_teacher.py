@@ -53,15 +53,16 @@ def toy_vit(name="vit_tiny_patch16_224", **sizes):
     ],
 )
 def test_reproduces_the_authors_teacher(images, expected, grid, options):
-    targets = clip(grid, **options)(REFERENCE[images])
+    targets, _ = clip(grid, **options)(REFERENCE[images])
     assert_close(targets, REFERENCE[expected], atol=1e-5, rtol=0)
 
 
 def test_each_published_option_matters():
-    with_both = clip((5, 5), **PUBLISHED)(REFERENCE["image01_40"])
+    with_both, _ = clip((5, 5), **PUBLISHED)(REFERENCE["image01_40"])
     for option in PUBLISHED:
         others = {key: value for key, value in PUBLISHED.items() if key != option}
-        assert (clip((5, 5), **others)(REFERENCE["image01_40"]) - with_both).abs().max() > 1e-2
+        targets, _ = clip((5, 5), **others)(REFERENCE["image01_40"])
+        assert (targets - with_both).abs().max() > 1e-2
 
 
 def test_openai_names_with_and_without_prefix_and_with_a_text_tower():
@@ -130,7 +131,7 @@ def test_tokens_of_other_transformers_are_timms_own(name, sizes):
     *_, expected = vit.forward_intermediates(
         (images - mean) / std, indices=1, norm=True, output_fmt="NLC", intermediates_only=True
     )
-    targets = teacher(images)
+    targets, _ = teacher(images)
     assert targets.shape == (2, 9, teacher.width)
     assert_close(targets, vit.fc_norm(expected), atol=1e-5, rtol=1e-5)
 
@@ -143,7 +144,7 @@ def test_own_resampling_is_what_timm_does_for_any_size():
     teacher = Teacher(vit, replace(TOKENS, target="projected"), (3, 3))
     images = torch.rand(2, 3, 48, 48)
     tokens = flexible.forward_features((images - teacher.mean) / teacher.std)[:, 4:]
-    assert_close(teacher(images), flexible.head(flexible.fc_norm(tokens)), atol=1e-5, rtol=1e-5)
+    assert_close(teacher(images).targets, flexible.head(flexible.fc_norm(tokens)), atol=1e-5, rtol=1e-5)
 
 
 def test_published_resampling_keeps_the_positions_of_prefix_tokens():
@@ -173,7 +174,7 @@ def test_stays_frozen_and_in_evaluation_mode():
     parent = torch.nn.Sequential(Teacher(toy_vit(drop_path_rate=0.5, proj_drop_rate=0.5), TOKENS)).train()
     images = torch.rand(2, 3, 64, 64, requires_grad=True)
     first = parent(images)
-    assert not first.requires_grad
+    assert not any(tensor.requires_grad for tensor in (first.targets, *first.blocks))
     assert not any(parameter.requires_grad for parameter in parent.parameters())
     assert_close(parent(images), first, atol=0, rtol=0)
 
@@ -185,9 +186,49 @@ def test_bytes_are_floats_times_255():
 
 def test_targets_are_normalised_in_single_precision_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
-        targets = clip()(REFERENCE["image01"])
+        targets, _ = clip()(REFERENCE["image01"])
     assert targets.dtype == torch.float32
     assert_close(targets.mean(-1), torch.zeros(2, 16), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("depth", "thirds"), [(12, [3, 7, 11]), (24, [7, 15, 23]), (2, [0, 0, 1]), (1, [0, 0, 0])]
+)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_blocks_at_thirds_of_the_depth(name, depth, thirds):
+    vit = toy_vit(name, depth=depth, img_size=56 if "14" in name else 64)
+    teacher, seen = Teacher(vit, TOKENS), {}
+    for number, block in enumerate(vit.blocks):
+        block.register_forward_hook(lambda _, __, tokens, number=number: seen.update({number: tokens}))
+    _, blocks = teacher(torch.rand(2, 3, teacher.image_size, teacher.image_size))
+    assert teacher.thirds == thirds
+    for number, tokens in zip(thirds, blocks, strict=True):
+        assert_close(tokens, seen[number][:, vit.num_prefix_tokens :], atol=0, rtol=0)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    state = timm.create_model("test_vit").state_dict()
+    state["blocks.1.norm1.bias"][3] = torch.nan
+    config = replace(TOKENS, teacher="test_vit", teacher_weights=FILE)
+    with pytest.raises(UserError, match=r"--objective\.teacher-weights: blocks\.1\.norm1\.bias .*NaN"):
+        build_teacher(config, state=state)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch16_224", "eva02_small_patch14_224", "vit_small_patch16_dinov3"]
+)
+def test_flops_are_those_of_its_blocks(name):
+    """Two for each multiply-add: patches, four projections, two products of attention, and the MLP."""
+    depth, width, num_heads = 3, 32, 2
+    vit = toy_vit(name, depth=depth, embed_dim=width, num_heads=num_heads)
+    teacher = Teacher(vit, TOKENS, (4, 4))
+    flops, taught = teacher.flops_per_image()
+    mlp = sum(p.numel() for n, p in vit.blocks[0].mlp.named_parameters() if p.ndim == 2)
+    tokens = 16 + vit.num_prefix_tokens
+    block = tokens * (4 * width**2 + mlp) + 2 * tokens**2 * width
+    assert flops == 2 * (16 * 3 * vit.patch_embed.patch_size[0] ** 2 * width + depth * block)
+    assert taught.targets.is_meta and taught.targets.shape == (1, 16, width)
+    assert not any(parameter.is_meta for parameter in vit.parameters())
 
 
 @pytest.mark.parametrize("sizes", [{"num_classes": 0}, {"global_pool": "map"}])

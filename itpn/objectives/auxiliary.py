@@ -1,0 +1,42 @@
+"""Distillation's second branch, which predicts the teacher's tokens from a block in the middle of stage 3."""
+
+import torch
+from torch import Tensor, nn
+
+from itpn.nn.hivit import HiViTConfig
+from itpn.nn.layers import GlobalBlock, init_linears
+from itpn.nn.positions import Relative
+
+
+class Auxiliary(nn.Module):
+    """Two blocks, a LayerNorm and a linear layer on a block of stage 3; its bias tables are its own.
+
+    The blocks' LayerNorms have epsilon 1e-5, whatever the backbone's, as the released weights need.
+    """
+
+    def __init__(self, config: HiViTConfig, target_width: int) -> None:
+        super().__init__()
+        width, depths, num_heads, layers = config.shape
+        window = config.relative_grid or config.grid
+        first = sum(depths[:2]) + 3 * depths[2] // 4  # they drop out as the blocks beside which they stand
+        rates = torch.linspace(0, config.drop_path, sum(depths), device="cpu").tolist()[first : first + 2]
+        self.blocks = nn.ModuleList(
+            [
+                GlobalBlock(
+                    width, num_heads, config.stage3_mlp_ratio, 1e-5, window, config.layer_scale, rate,
+                    fast=layers == "fast",
+                )
+                for rate in (*rates, config.drop_path)[:2]
+            ]
+        )  # fmt: skip
+        self.norm = nn.LayerNorm(width, config.norm_eps)
+        self.head = nn.Linear(width, target_width)
+        init_linears(self, "normal")
+
+    def forward(self, tokens: Tensor, relative: Relative, drop: Tensor | None = None) -> Tensor:
+        """``drop [B, 4]``: the samples' numbers for drop path."""
+        drops = [None, None] if drop is None else drop.chunk(2, dim=1)
+        for block, uniform in zip(self.blocks, drops, strict=True):
+            tokens = block(tokens, relative, uniform)
+        tokens = self.head(self.norm(tokens))
+        return tokens
