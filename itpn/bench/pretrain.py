@@ -3,7 +3,7 @@
 import json
 import statistics
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -30,10 +30,12 @@ from itpn.engine.numerics import (
 from itpn.engine.optim import adamw
 from itpn.engine.step import micro_step
 from itpn.errors import UserError
+from itpn.heads.finetune import ClassifyObjective
 from itpn.objectives.distill import DistillConfig, DistillObjective
 from itpn.objectives.pixel import PixelConfig, PixelObjective
 from itpn.objectives.teacher import outline
-from itpn.recipes.lookup import find, load_pretrain
+from itpn.recipes.classify import Classify
+from itpn.recipes.lookup import Recipe, find, load_as
 from itpn.recipes.pretrain import Pretrain
 
 WARM_UP = 2
@@ -41,7 +43,7 @@ WARM_UP = 2
 BATCH = {"cpu": 16, "mps": 64, "cuda": 256}
 PRODUCTS = {"cpu": 1, "mps": 10, "cuda": 10}
 """Products of the ceiling beside each step."""
-Objective = PixelObjective | DistillObjective
+Objective = PixelObjective | DistillObjective | ClassifyObjective
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Bench:
     """Where to run."""
     compile: bool = False
     """Compile each block with torch.compile."""
+    checkpointing: bool = False
+    """Keep only the inputs of the backbone's blocks, and compute the rest again in the backward pass."""
     baseline: bool = False
     """Take turns with the same model written plainly (itpn/bench/plain.py): on pixels, without a frozen
     teacher."""
@@ -77,8 +81,16 @@ class Bench:
 
 
 def run(arguments: list[str]) -> None:
-    options = parse(Bench, arguments, "itpn bench pretrain")
-    recipe = load_pretrain(find(options.name))
+    time_steps("itpn bench pretrain", arguments, Pretrain)
+
+
+def time_steps(program: str, arguments: list[str], kind: type[Recipe]) -> None:
+    """What `run` does, of a config of the given kind."""
+    options = parse(Bench, arguments, program)
+    recipe = load_as(kind, find(options.name))
+    if options.checkpointing:
+        backbone = replace(recipe.model.backbone, checkpointing=True)
+        recipe = replace(recipe, model=replace(recipe.model, backbone=backbone))
     console = Console(highlight=False, soft_wrap=True)
     figures = measure(recipe, options, console)
     show(figures, console)
@@ -103,7 +115,7 @@ class Runner:
     def __post_init__(self) -> None:
         mark = self.clock = Clock(self.batch["images"].device)
         self.model.register_forward_hook(lambda *_: mark.mark("forward"))
-        for teacher in self.objective.teachers:
+        for teacher in () if isinstance(self.objective, ClassifyObjective) else self.objective.teachers:
             teacher.register_forward_pre_hook(lambda *_: mark.mark("forward"))
             teacher.register_forward_hook(lambda *_: mark.mark("teacher"))
 
@@ -131,7 +143,7 @@ class Runner:
         return medians | {"step": statistics.median(sum(step.values()) for step in timed)}
 
 
-def measure(recipe: Pretrain, options: Bench, console: Console) -> Figures:
+def measure(recipe: Recipe, options: Bench, console: Console) -> Figures:
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
     size = options.device_batch or BATCH[device.type]
@@ -140,9 +152,11 @@ def measure(recipe: Pretrain, options: Bench, console: Console) -> Figures:
 
     objective = build(recipe, device)
     if options.baseline:
+        if isinstance(objective, ClassifyObjective):
+            raise UserError("--baseline knows pre-training on pixels alone; leave it out")
         Plain(objective)  # says at once if it cannot
     flops = objective.flops_per_image()
-    batch = synthetic_batch(objective, size, device)
+    batch = synthetic_batch(recipe, objective, size, device)
     if options.compile:
         for block in objective.compile_blocks():
             block.compile()
@@ -155,7 +169,9 @@ def measure(recipe: Pretrain, options: Bench, console: Console) -> Figures:
             progress.advance(task)
         peak = peak_memory(device)
         if options.baseline:
-            plain = Plain(build(recipe, device))
+            twin = build(recipe, device)
+            assert not isinstance(twin, ClassifyObjective)
+            plain = Plain(twin)
             optimizer = plain_adamw(plain, recipe.optim)
             runners.append(Runner(plain, plain.objective, optimizer, batch, precision, num_steps))
             for _ in range(WARM_UP):
@@ -189,14 +205,18 @@ def measure(recipe: Pretrain, options: Bench, console: Console) -> Figures:
     )
 
 
-def build(recipe: Pretrain, device: torch.device) -> Objective:
+def build(recipe: Recipe, device: torch.device) -> Objective:
     """The same weights every time, of a frozen teacher too.
 
     Raises:
         UserError: there is no such teacher, or it does not fit.
     """
     torch.manual_seed(0)
-    objective: Objective
+    if isinstance(recipe, Classify):
+        finetune = replace(recipe.finetune, mean=PixelConfig.mean, std=PixelConfig.std)
+        backbone, size = recipe.model.backbone, recipe.image_size
+        return ClassifyObjective(backbone, recipe.classifier, finetune, size).to(device).train()
+    objective: PixelObjective | DistillObjective
     match recipe.objective:
         case PixelConfig() as config:
             objective = PixelObjective(recipe.model, config)
@@ -210,14 +230,17 @@ def build(recipe: Pretrain, device: torch.device) -> Objective:
     return objective.to(device).train()
 
 
-def synthetic_batch(objective: Objective, size: int, device: torch.device) -> dict[str, Tensor]:
-    """Random pixels and masks, the same on every machine."""
+def synthetic_batch(
+    recipe: Recipe, objective: Objective, size: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Random pixels and draws, the same on every machine."""
     generator = torch.Generator().manual_seed(0)
-    config = objective.model.config.backbone
-    shape = (size, config.in_channels, config.image_size, config.image_size)
+    shape = (size, recipe.model.backbone.in_channels, *recipe.image_size)
     draws = [objective.draw(generator) for _ in range(size)]
     batch = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
     batch["images"] = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    if isinstance(recipe, Classify):
+        batch["labels"] = torch.randint(recipe.classifier.num_classes, (size,), generator=generator)
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 

@@ -9,6 +9,8 @@ SUBJECTS = {
         "itpn.bench.pretrain",
         "a config's training step on synthetic data, beside the matmul ceiling",
     ),
+    "finetune": ("itpn.bench.finetune", "the same of a config that fine-tunes"),
+    "infer": ("itpn.bench.infer", "a classifier's forward pass, and what relative positions cost of it"),
     "data": ("itpn.bench.data", "images per second that one core loads, beside Pillow + torchvision"),
     "memory": ("itpn.bench.memory", "resident memory over thousands of steps"),
 }

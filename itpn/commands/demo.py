@@ -11,7 +11,8 @@ from rich.table import Table
 from itpn.commands.arguments import parse
 from itpn.commands.reconstruct import run as reconstruct
 from itpn.data.sample_data import write_imagefolder
-from itpn.recipes.lookup import find, load_pretrain
+from itpn.recipes.lookup import find, load_as
+from itpn.recipes.pretrain import Pretrain
 from itpn.show.curves import read_metrics
 from itpn.tasks.pretrain import pretrain
 from itpn.weights import files
@@ -29,7 +30,7 @@ class Demo:
 
 def run(arguments: list[str]) -> None:
     options = parse(Demo, arguments, "itpn demo")
-    recipe = load_pretrain(find("pretrain_demo"))
+    recipe = load_as(Pretrain, find("pretrain_demo"))
     loop = replace(
         recipe.loop, run_dir=options.directory / "run", epochs=options.epochs or recipe.loop.epochs
     )

@@ -109,9 +109,14 @@ class ClassifyObjective(nn.Module):
     def flops_per_image(self) -> float:
         """Floating-point operations of a training step on one image: matrix products, backward as twice
         forward."""
-        with torch.device("meta"):
-            twin = Classifier(HiViT(self.model.backbone.config), self.model.config)
-            images = torch.empty(1, self.model.backbone.config.in_channels, *self.image_size)
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                twin(images)
-        return float(3 * counter.get_total_flops())
+        return 3 * forward_flops(self.model, self.image_size)
+
+
+def forward_flops(model: Classifier, image_size: tuple[int, int]) -> float:
+    """Floating-point operations of a classifier's matrix products on one image."""
+    with torch.device("meta"):
+        twin = Classifier(HiViT(model.backbone.config), model.config)
+        images = torch.empty(1, model.backbone.config.in_channels, *image_size)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            twin(images)
+    return float(counter.get_total_flops())

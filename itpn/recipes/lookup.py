@@ -5,7 +5,7 @@ import runpy
 import traceback
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import itpn
 from itpn.errors import UserError
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from itpn.recipes.pretrain import Pretrain
 
 Recipe: TypeAlias = "Pretrain | Classify"
+R = TypeVar("R")
 
 
 def packaged() -> Path:
@@ -67,13 +68,13 @@ def load(path: Path) -> Recipe:
     return replace(config, name=path.stem)
 
 
-def load_pretrain(path: Path) -> "Pretrain":
-    """The recipe of a config file that must be one of pre-training."""
-    from itpn.recipes.pretrain import Pretrain
-
+def load_as(kind: type[R], path: Path) -> R:
+    """The recipe of a config file that must be of the given kind."""
     recipe = load(path)
-    if not isinstance(recipe, Pretrain):
-        raise UserError(f"{path.stem} is no config of pre-training, which is what is needed here")
+    if not isinstance(recipe, kind):
+        raise UserError(
+            f"{path.stem} is a config of kind {type(recipe).__name__}, and one of {kind.__name__} is needed"
+        )
     return recipe
 
 

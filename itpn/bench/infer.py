@@ -1,0 +1,131 @@
+"""`itpn bench infer`: a classifier's forward pass on random images, beside what the device can do."""
+
+import json
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import track
+
+from itpn.bench.figures import Figures, show
+from itpn.bench.pretrain import BATCH, PRODUCTS, WARM_UP, peak_memory
+from itpn.commands.arguments import parse
+from itpn.engine.clock import Clock
+from itpn.engine.distributed import DeviceName, choose_device
+from itpn.engine.numerics import (
+    Precision,
+    ceiling_matrix,
+    choose_precision,
+    product_flops,
+    product_seconds,
+    set_numerics,
+)
+from itpn.errors import UserError
+from itpn.heads.classify import Classifier
+from itpn.heads.finetune import forward_flops
+from itpn.nn.hivit import HiViT
+from itpn.recipes.classify import Classify
+from itpn.recipes.lookup import find, load_as
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Time a classifier's forward pass on random images: images per second, share of the ceiling, memory."""
+
+    name: Annotated[str, tyro.conf.Positional]
+    """A config that fine-tunes, as `itpn train` takes it."""
+    device_batch: int | None = None
+    """Images at a time. Default: 16 on a CPU, 256 on CUDA."""
+    steps: int = 10
+    """Passes to time, after two to warm up; medians are shown."""
+    precision: Precision = "auto"
+    """auto is bf16 (fp16 on older GPUs) on CUDA, fp32 elsewhere."""
+    device: DeviceName = "auto"
+    """Where to run."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
+    json: Path | None = None
+    """Where to write the figures."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or (self.device_batch is not None and self.device_batch < 1):
+            raise UserError("--steps and --device-batch must be at least 1")
+
+
+def run(arguments: list[str]) -> None:
+    options = parse(Bench, arguments, "itpn bench infer")
+    recipe = load_as(Classify, find(options.name))
+    console = Console(highlight=False, soft_wrap=True)
+    figures = measure(recipe, options, console)
+    show(figures, console)
+    if plain := figures.baseline_parts:
+        cost = figures.parts["step"] / plain["step"] - 1
+        console.print(f"relative positions take {cost:+.1%} of the time of the same model without them")
+    if options.json:
+        options.json.write_text(json.dumps(figures.as_dict(), indent=2) + "\n")
+
+
+def measure(recipe: Classify, options: Bench, console: Console) -> Figures:
+    """The model and, where it has relative positions, the same without them, in turns with the products."""
+    device = choose_device(options.device)
+    precision = choose_precision(options.precision, device)
+    size = options.device_batch or BATCH[device.type]
+    set_numerics(device, precision)
+    torch.manual_seed(0)
+    backbone = recipe.model.backbone
+    models = [build(recipe, device)]
+    if backbone.relative_position_bias:
+        plain = replace(recipe.model, backbone=replace(backbone, relative_position_bias=False))
+        models.append(build(replace(recipe, model=plain), device))
+    for model in models if options.compile else ():
+        for block in model.backbone.blocks():
+            block.compile()
+    images = torch.randn(size, backbone.in_channels, *recipe.image_size, device=device)
+
+    def seconds(model: Classifier) -> float:
+        clock = Clock(device)
+        clock.mark("begun")
+        with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision.itemsize < 4):
+            model(images)
+        clock.mark("forward")
+        return clock.read()["forward"]
+
+    for _ in range(WARM_UP):
+        seconds(models[0])
+    peak = peak_memory(device)
+    for model in models[1:] * WARM_UP:
+        seconds(model)
+    matrix = ceiling_matrix(device, precision)
+    product_seconds(matrix)
+    products: list[float] = []
+    passes: list[list[float]] = [[] for _ in models]
+    for _ in track(range(options.steps), "timing", console=console, transient=True):
+        products += [product_seconds(matrix) for _ in range(PRODUCTS[device.type])]
+        for model, taken in zip(models, passes, strict=True):
+            taken.append(seconds(model))
+    parts = [{"step": statistics.median(taken)} for taken in passes]
+    return Figures(
+        config=recipe.name,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        precision=str(precision).removeprefix("torch."),
+        device_batch=size,
+        compiled=options.compile,
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        flops_per_image=forward_flops(models[0], recipe.image_size),
+        ceiling=product_flops(matrix) / statistics.median(products),
+        parts=parts[0],
+        losses=[],
+        peak_memory=peak,
+        baseline_parts=parts[1] if len(parts) > 1 else None,
+        baseline_losses=None,
+        kinds=None,
+    )
+
+
+def build(recipe: Classify, device: torch.device) -> Classifier:
+    return Classifier(HiViT(recipe.model.backbone), recipe.classifier).to(device).eval()
