@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import torch
@@ -34,7 +35,7 @@ def contact_sheet(
         raise ValueError(f"a contact sheet needs images and columns, got {len(images)} and {columns}")
     columns = min(columns, len(images))
     starts = range(0, len(images), columns)
-    rows = [[_fit(image, cell) for image in images[start : start + columns]] for start in starts]
+    rows = [[fit(image, cell) for image in images[start : start + columns]] for start in starts]
     texts = [*captions, *[""] * (-len(captions) % columns)]  # a last row that is not full keeps its slots
     return grid(rows, captions=[texts[start : start + columns] for start in starts] if captions else ())
 
@@ -63,8 +64,8 @@ def grid(
 
     for column, (name, note) in enumerate(headings):
         x = MARGIN + column * (cell_width + GAP)
-        _write(draw, (x, MARGIN), name, cell_width, bold=True)
-        _write(draw, (x, MARGIN + TITLE_SIZE + 5), note, cell_width)
+        write(draw, (x, MARGIN), name, cell_width, bold=True)
+        write(draw, (x, MARGIN + TITLE_SIZE + 5), note, cell_width)
     for index, row in enumerate(rows):
         y = top + index * pitch
         for column, image in enumerate(row):
@@ -73,26 +74,38 @@ def grid(
         texts = captions[index] if captions else ()
         for slot, text in enumerate(texts):
             share = (width + GAP) // len(texts)
-            _write(draw, (MARGIN + slot * share, y + cell_height + 4), text, share - GAP)
+            write(draw, (MARGIN + slot * share, y + cell_height + 4), text, share - GAP)
     return paper
 
 
-def _fit(image: Image.Image, cell: int) -> Image.Image:
+def fit(image: Image.Image, cell: int) -> Image.Image:
+    """The image as RGB, as large as fits into a square."""
     scale = cell / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
-def _write(
-    draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, width: int, *, bold: bool = False
+def write(
+    draw: ImageDraw.ImageDraw,
+    at: tuple[int, int],
+    text: str,
+    width: int,
+    *,
+    bold: bool = False,
+    colour: str | None = None,
+    anchor: Literal["la", "ra"] = "la",
 ) -> None:
+    """Writes text that begins, or with `anchor` "ra" ends, at a point of its upper edge.
+
+    What is wider than `width` ends in "…".
+    """
     font = _font(bold)
     # File names may hold line breaks and bytes that are no text.
     text = " ".join(text.encode(errors="replace").decode().split())
     if font.getlength(text) > width:
         cuts = (text[:length] + "…" for length in range(width))
         text = max((cut for cut in cuts if font.getlength(cut) <= width), key=len, default="")
-    draw.text(at, text, fill=INK if bold else FAINT, font=font)
+    draw.text(at, text, fill=colour or (INK if bold else FAINT), font=font, anchor=anchor)
 
 
 @cache
