@@ -1,0 +1,46 @@
+"""Benches of fine-tuning and of inference count what they do."""
+
+import json
+
+import pytest
+
+from itpn.bench import finetune, infer
+from itpn.errors import UserError
+from tests.counting import macs_of_backbone
+
+CONFIG = """
+from dataclasses import replace
+
+from itpn.nn.pyramid import ModelConfig
+from itpn.recipes.classify import itpn_pixel
+from tests.toys import toy_backbone
+
+recipe = itpn_pixel(size="base")
+model = ModelConfig(backbone=toy_backbone(relative_position_bias=True), pyramid=None)
+config = replace(recipe, model=model, image_size=(64, 64))
+"""
+
+
+@pytest.mark.parametrize(("bench", "passes"), [(finetune, 3), (infer, 1)])
+def test_figures(tmp_path, capsys, bench, passes):
+    config, out = tmp_path / "toy.py", tmp_path / "figures.json"
+    config.write_text(CONFIG)
+    bench.run(f"{config} --device cpu --device-batch 2 --steps 2 --json {out}".split())
+    figures = json.loads(out.read_text())
+    head = 32 * 1000
+    macs = macs_of_backbone(16, 32, (1, 1, 2)) + head
+    assert figures["flops_per_image"] == 2 * passes * macs
+    assert figures["parts"]["step"] > 0
+    assert "of the ceiling" in (printed := capsys.readouterr().out)
+    assert ("relative positions take" in printed) == (bench is infer)
+
+
+def test_checkpointing_is_asked_for(tmp_path):
+    config = tmp_path / "toy.py"
+    config.write_text(CONFIG)
+    finetune.run(f"{config} --device cpu --device-batch 2 --steps 1 --checkpointing".split())
+
+
+def test_another_kind_of_config():
+    with pytest.raises(UserError, match="is a config of kind Pretrain, and one of Classify is needed"):
+        infer.run(["pretrain_demo"])
