@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import EISDIR
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -94,6 +95,8 @@ def run(arguments: list[str]) -> None:
     for path in filter(None, (options.json, options.embeddings, options.out and options.out / "a.png")):
         with _writing(path):  # before the work rather than after it
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise IsADirectoryError(EISDIR, "it is a folder")
     match models.load(options.model):
         case ClassifierModel() as model:
             label(model, options)
