@@ -198,7 +198,9 @@ def look(model: ClassifierModel | FeatureModel, options: Predict) -> Iterator[Se
     if num_bad == num_images:
         raise UserError(f"none of {num_images:,} images can be read; the first is {bad[0]}")
     for error in bad[:NUM_NAMED]:
-        print(f"unreadable image left out: {printable(error.path)}: {error.reason}", file=sys.stderr)
+        print(
+            f"unreadable image left out: {printable(error.path)}: {printable(error.reason)}", file=sys.stderr
+        )
     if num_bad:
         print(f"{num_bad:,} of {num_images:,} images cannot be read", file=sys.stderr)
 
@@ -251,7 +253,9 @@ def _save(out: Path, paths: list[Path], rows: list[Tensor]) -> None:
     with _writing(out):
         np.save(out, torch.stack(rows).numpy())
         beside.write_text("".join(f"{printable(path)}\n" for path in paths), encoding="utf-8")
-    print(f"{out}: {len(rows):,} embeddings of {len(rows[0])} channels; {beside.name} has the paths")
+    print(
+        f"{printable(out)}: {len(rows):,} embeddings of {len(rows[0])} channels; {printable(beside.name)} has the paths"
+    )
 
 
 @contextmanager
