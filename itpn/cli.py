@@ -12,6 +12,7 @@ from itpn.errors import UserError, printable
 COMMANDS = {
     "train": ("itpn.commands.train", "train as a config says; the same command again resumes"),
     "test": ("itpn.commands.test", "how good weights are, on a config's validation images"),
+    "predict": ("itpn.commands.predict", "what a model says of images: labels with scores, or embeddings"),
     "replay": ("itpn.commands.replay", "take a step again whose loss or gradient was not finite"),
     "reconstruct": ("itpn.commands.reconstruct", "show what a run fills in where images are masked"),
     "info": ("itpn.commands.info", "a config's, or a file of weights', parts, parameters and multiply-adds"),

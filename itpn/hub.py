@@ -62,13 +62,21 @@ class HubModel(PyTorchModelHubMixin):
     mean: tuple[float, ...] = PixelConfig.mean
     std: tuple[float, ...] = PixelConfig.std
     """Mean and standard deviation per channel, in 0..1, of the weights' images; ImageNet's if unknown."""
+    input_size: tuple[int, int] | None = None
+    """Height and width in pixels that the model was trained for; None: its backbone's."""
     source: dict[str, Any] | None = None
     """What the weights were converted from; see `Weights`."""
 
     def remember(self, weights: Weights) -> None:
         """Keep what the file says of its images and its origin, for whoever saves the model again."""
         self.mean, self.std = weights.statistics(self.mean, self.std)
+        self.input_size = weights.input_size()
         self.source = weights.source
+
+    def input_config(self) -> dict[str, Any]:
+        """What its file says of its images."""
+        size = {} if self.input_size is None else {"image_size": self.input_size}
+        return {"mean": self.mean, "std": self.std, **size}
 
     def file_config(self) -> dict[str, Any]:
         """The config that its file carries."""
@@ -81,7 +89,7 @@ class HubModel(PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, nn.Module)
-        config = self.file_config() | {"input": {"mean": self.mean, "std": self.std}}
+        config = self.file_config() | {"input": self.input_config()}
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         files.save(save_directory / FILE, tensors, config, self.source)
         (save_directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -114,7 +122,7 @@ class HubModel(PyTorchModelHubMixin):
         assert isinstance(self, nn.Module)
         config = self.file_config()
         parameters = sum(parameter.numel() for parameter in self.parameters())
-        config["input"] = {"mean": self.mean, "std": self.std}
+        config["input"] = self.input_config()
         return ModelCard(card(config, parameters, license, self.source))
 
 

@@ -124,15 +124,25 @@ class FeatureModel(nn.Module, hub.HubModel):
             weights = weights.without(part)
         loading.load_exactly(model, loading.resampled(weights, config.backbone))
         model.remember(weights)
+        if "image_size" in backbone:
+            model.input_size = None
         return model.eval()
 
 
 class ClassifierModel(Classifier, hub.HubModel):
     """A classifier that can be saved, loaded and pushed."""
 
+    classes: tuple[str, ...] | None = None
+    """Names by class id; None if they are not known."""
+
+    def remember(self, weights: Weights) -> None:
+        super().remember(weights)
+        self.classes = weights.class_names()
+
     def file_config(self) -> dict[str, Any]:
         model = ModelConfig(backbone=self.backbone.config, pyramid=None)
-        return {"model": hub.as_json(model), "classifier": hub.as_json(self.config)}
+        config = {"model": hub.as_json(model), "classifier": hub.as_json(self.config)}
+        return config if self.classes is None else config | {"classes": list(self.classes)}
 
     @classmethod
     def from_weights(cls, weights: Weights, **backbone: Any) -> Self:
@@ -141,6 +151,8 @@ class ClassifierModel(Classifier, hub.HubModel):
         model = cls(HiViT(config), weights.part("classifier", ClassifierConfig))
         loading.load_exactly(model, loading.resampled(weights, config))
         model.remember(weights)
+        if "image_size" in backbone:
+            model.input_size = None
         return model.eval()
 
 

@@ -156,3 +156,38 @@ def test_normalisation_and_origin_are_kept(tmp_path):
     assert (again.mean, again.std, again.source) == ((0.5,) * 3, (0.25,) * 3, source)
     card = (tmp_path / "folder/README.md").read_text()
     assert "mean 0.5, 0.5, 0.5 and deviation 0.25" in card and "theirs.pth (official-clip)" in card
+
+
+def test_classes_and_image_size_are_kept(tmp_path):
+    model = models()["classifier"]
+    model.classes, model.input_size = tuple("abcdefg"), (32, 64)
+    model.save_pretrained(tmp_path / "first")
+    itpn.load(tmp_path / "first").save_pretrained(tmp_path / "second")
+    again = itpn.load(tmp_path / "second")
+    assert (again.classes, again.input_size) == (tuple("abcdefg"), (32, 64))
+    assert itpn.load(tmp_path / "second", image_size=96).input_size is None  # it is the backbone's then
+    assert itpn.load(tmp_path / "second", features="stages").input_size == (32, 64)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"classes": "abcdefg"}, "its classes are no list of names"),
+        ({"classes": [*"abcdef", 7]}, "its classes are no list of names"),
+        ({"classes": list("abc")}, "it names 3 classes and tells 7 apart"),
+        ({"input": [1]}, "its mean or std are no numbers"),
+        ({"input": {"image_size": 64}}, "its image size is 64, not"),
+        ({"input": {"image_size": [64]}}, "its image size is"),
+        ({"input": {"image_size": [64, -64]}}, "its image size is"),
+        ({"input": {"image_size": [64, 1 << 40]}}, "its image size is"),
+        ({"input": {"image_size": [64, True]}}, "its image size is"),
+        ({"input": {"image_size": "\x1b[2J" * 99}}, r"its image size is \\x1b\[2J"),
+    ],
+)
+def test_metadata_that_make_no_sense_are_an_error(tmp_path, changed, words):
+    model = models()["classifier"]
+    path = tmp_path / "odd.safetensors"
+    files.save(path, model.state_dict(), model.file_config() | changed)
+    with pytest.raises(UserError, match=words) as raised:
+        itpn.load(path)
+    assert str(raised.value).isprintable() and len(str(raised.value)) < 300 + len(str(path))

@@ -67,6 +67,18 @@ def readable(class_names: tuple[str, ...]) -> tuple[str, ...]:
     )
 
 
+def names_for(class_names: tuple[str, ...] | None, num_classes: int) -> tuple[str, ...]:
+    """What to call a model's classes, in words. A thousand without names are ImageNet's, in its order."""
+    if class_names is not None:
+        return readable(class_names)
+    if num_classes != 1000:
+        return tuple(f"class {label}" for label in range(num_classes))
+    from timm.data.imagenet_info import ImageNetInfo  # seconds to import, as above
+
+    info = ImageNetInfo()
+    return readable(tuple(info.index_to_label_name(label) for label in range(num_classes)))
+
+
 def class_names_of(images: Images) -> tuple[str, ...]:
     """Raises:
     UserError: the images have no classes.

@@ -32,7 +32,7 @@ HELD_OUT = 10
 class LinearConfig:
     root: Path | None = None
     """Folder with train and val, in class folders; None: the folder of the training images."""
-    l2: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+    l2: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
     """Strengths to choose from: half of it times the sum of squared weights is added to the loss."""
     max_steps: int = 500
     """Iterations of L-BFGS at most."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from itpn.engine import checkpoint
 from itpn.errors import UserError, printable
 from itpn.heads.classify import Classifier, ClassifierConfig
-from itpn.nn.hivit import HiViT
+from itpn.nn.hivit import LARGEST, HiViT
 from itpn.nn.pyramid import Model, ModelConfig
 from itpn.objectives.distill import DistillConfig, DistillObjective
 from itpn.objectives.pixel import PixelConfig, PixelObjective
@@ -78,6 +78,29 @@ class Weights:
         except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{self.path}: its mean or std are no numbers") from error
 
+    def input_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels of the images that a fine-tuned model wants; None if it does not say."""
+        given = self.config.get("input")
+        size = given.get("image_size") if isinstance(given, dict) else None
+        match size:
+            case None:
+                return None
+            case [height, width] if all(type(side) is int and 0 < side <= LARGEST for side in size):
+                return height, width
+        raise UserError(f"{self.path}: its image size is {printable(size)[:100]}, not [height, width]")
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of a classifier's classes, by class id; None if it does not say."""
+        names = self.config.get("classes")
+        if names is None:
+            return None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{self.path}: its classes are no list of names")
+        count = self.part("classifier", ClassifierConfig).num_classes
+        if len(names) != count:
+            raise UserError(f"{self.path}: it names {len(names):,} classes and tells {count:,} apart")
+        return tuple(names)
+
     def recipe(self, kind: type[T]) -> T:
         """The whole config as the recipe's dataclass."""
         return structured(self.config, kind, f"{self.path}: its recipe")
@@ -131,7 +154,7 @@ def save(
 
 def read(path: Path) -> Weights:
     """A ``pretrained.safetensors``, a ``model.safetensors`` or the folder that holds it, or a run directory's
-    newest checkpoint.
+    ``best.safetensors``, else its newest checkpoint.
 
     Raises:
         UserError: there is no such file, or it is none of ours.

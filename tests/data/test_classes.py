@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from itpn.data.classes import check_same_classes, describe_balance, readable
+from itpn.data.classes import check_same_classes, describe_balance, names_for, readable
 from itpn.data.images import ImageList, find_images
 from itpn.data.source import Names
 from itpn.errors import UserError
@@ -60,6 +60,14 @@ def test_names_in_words_are_unique() -> None:
     from timm.data import ImageNetInfo
 
     assert len(set(readable(tuple(ImageNetInfo().label_names())))) == 1000
+
+
+def test_a_model_s_classes_have_names() -> None:
+    assert names_for(("n01440764", "cat"), 2) == ("tench", "cat")
+    assert names_for(None, 3) == ("class 0", "class 1", "class 2")
+    imagenet = names_for(None, 1000)
+    assert (imagenet[0], imagenet[134], imagenet[999]) == ("tench", "crane (n02012849)", "toilet tissue")
+    assert names_for(tuple(map(str, range(1000))), 1000)[7] == "7"
 
 
 def test_the_same_classes_agree() -> None:

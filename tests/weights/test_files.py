@@ -1,6 +1,7 @@
 """Our own weight files: what is written loads again, whole or in part, and what does not fit is said."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -122,3 +123,13 @@ def test_tables_of_an_auxiliary_branch_are_resampled_without_a_bias_in_the_backb
     weights = files.read(path)
     loading.load_exactly(large, loading.resampled(weights, large.model.config.backbone))
     assert large.auxiliary.blocks[0].attn.relative_position.shape == (121, 2)
+
+
+def test_the_best_weights_of_a_run_come_first(tmp_path, written):
+    _, weights = written
+    run = tmp_path / "finetuned"
+    (run / "checkpoints/00000001").mkdir(parents=True)
+    (run / "checkpoints/last").write_text("00000001")
+    for name in ("checkpoints/00000001/model.safetensors", "best.safetensors"):
+        shutil.copy(weights.path, run / name)
+        assert files.read(run).path == run / name
