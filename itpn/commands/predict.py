@@ -254,7 +254,8 @@ def _save(out: Path, paths: list[Path], rows: list[Tensor]) -> None:
         np.save(out, torch.stack(rows).numpy())
         beside.write_text("".join(f"{printable(path)}\n" for path in paths), encoding="utf-8")
     print(
-        f"{printable(out)}: {len(rows):,} embeddings of {len(rows[0])} channels; {printable(beside.name)} has the paths"
+        f"{printable(out)}: {len(rows):,} embeddings of {len(rows[0])} channels; "
+        f"{printable(beside.name)} has the paths"
     )
 
 

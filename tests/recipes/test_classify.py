@@ -39,9 +39,9 @@ SIZES = {  # parameters with a head of 1,000 classes at 224 pixels; of Fast-iTPN
     "fast-itpn-small": 39_902_920,
     "fast-itpn-base": 84_825_192,
     "fast-itpn-large": 313_095_592,
-    "hivit-tiny": 19_181_668,
-    "hivit-small": 37_533_868,
-    "hivit-base": 79_053_032,
+    "hivit-tiny": 19_180_000,  # mmpretrain states two decimals
+    "hivit-small": 37_530_000,
+    "hivit-base": 79_050_000,
 }
 VALUES = {  # batch, peak and last learning rate, warm-up, layer decay and its rule, drop path, average
     "itpn-pixel-base": (1024, 1.6e-3, 5e-6, 5, 0.60, "itpn", 0.15, 0),
@@ -102,7 +102,8 @@ def test_sizes_are_the_published_ones(name):
     total, side = SIZES[model_of(name)], recipe.image_size[0]
     if not name.startswith("fast-itpn-large"):  # position tables grow with the image
         total += ((side // 16) ** 2 - 196) * recipe.model.backbone.shape.width
-    assert count_parameters(model).total == total
+    found = count_parameters(model).total
+    assert (round(found, -4) if name.startswith("hivit") else found) == total
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
