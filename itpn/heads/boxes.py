@@ -12,6 +12,8 @@ from torchvision.ops import box_iou, roi_align
 
 BACKGROUND = -1
 """In place of an object's number; -2 is what is neither an object nor background."""
+UNKNOWN = 255
+"""In the mask of an object that has none."""
 POOLED_STRIDES = (4, 8, 16, 32)
 POOLED_SIDES = (112.0, 224.0, 448.0)
 """Square root of a box's area from which on it is pooled from the next coarser map."""
@@ -23,8 +25,8 @@ Generators = Sequence[torch.Generator | None]
 
 
 class Objects(NamedTuple):
-    """What is to be found in one image: ``boxes [m, 4]``, ``labels [m]``, ``masks [m, S, S]`` of 0 and 1,
-    each laid over its box, or None where none are trained."""
+    """What is to be found in one image: ``boxes [m, 4]``, ``labels [m]``, and ``masks [m, S, S]``, each laid
+    over its box, of 0 and 1, or UNKNOWN throughout; or None where no masks are trained."""
 
     boxes: Tensor
     labels: Tensor

@@ -49,8 +49,8 @@ class DetectionDraw:
 class DetectObjective(nn.Module):
     """The detector, and what it is trained by.
 
-    Every loss is a mean over images, so that neither accumulation nor the number of ranks changes one; batch
-    norm does see other boxes then, and padding, which attention sees, depends on the images beside.
+    Every loss is a mean over images, and what is drawn for an image depends on its seed alone: neither
+    accumulation nor the number of ranks changes anything, but that batch norm sees other boxes then.
     """
 
     def __init__(self, model: ModelConfig, config: DetectorConfig) -> None:
@@ -76,9 +76,9 @@ class DetectObjective(nn.Module):
         Args:
             batch: ``images: uint8 [B, c, H, W]``, padded at the right and below; ``sizes: long [B, 2]``,
                 height and width without padding; ``boxes: float [B, M, 4]``; ``labels: long [B, M]``, -1 for
-                no object; ``masks: uint8 [B, M, S, S]`` of 0 and 1, each laid over its box; perhaps ``drop
-                [B, D]`` and ``sampling: long [B]``, a seed per image, without which torch's global generator
-                decides which anchors and boxes are trained on.
+                no object; ``masks: uint8 [B, M, S, S]``, each laid over its box, of 0 and 1, or 255
+                throughout where it is unknown; perhaps ``drop [B, D]`` and ``sampling: long [B]``, a seed per
+                image, without which torch's global generator decides which anchors and boxes are trained on.
 
         Returns:
             ``loss``, the sum of its parts ``rpn_objectness``, ``rpn_box``, ``class``, ``box`` and ``mask``;

@@ -12,7 +12,7 @@ from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.ops import batched_nms, clip_boxes_to_image, generalized_box_iou_loss, remove_small_boxes
 
 from itpn.errors import UserError
-from itpn.heads.boxes import Generators, Objects, Sizes, draw, match, pool, shares
+from itpn.heads.boxes import UNKNOWN, Generators, Objects, Sizes, draw, match, pool, shares
 from itpn.heads.masks import mask_targets
 from itpn.heads.towers import BoxHead, HeadConfig, MaskHead, of_class
 
@@ -121,7 +121,9 @@ class Regions(nn.Module):
 
         Each is a mean over images: of the mean over an image's drawn boxes of the cross-entropy; of the sum
         over its positive boxes of the GIoU loss of the decoded box, divided by the number of drawn ones; of
-        the mean over its positive boxes of the mask's cross-entropy. An image without positives adds 0.
+        the mean over its positive boxes of the mask's cross-entropy. An image without positives adds 0. As
+        published all images' boxes are averaged at once, which differs for masks alone: there an image with
+        many positives counts for more, and accumulation would matter.
         """
         losses, boxes = [], list(proposals)
         for i, stage in enumerate(self.stages):
@@ -177,14 +179,17 @@ class Regions(nn.Module):
     def mask_loss(
         self, head: nn.Module, maps: Sequence[Tensor], rois: Sequence[Rois], objects: Sequence[Objects]
     ) -> Tensor:
-        boxes = [image.boxes[image.positive] for image in rois]
-        labels = torch.cat([image.labels[image.positive] for image in rois])
-        logits = head(pool(maps, boxes, MaskHead.size), labels)
-        targets = [
-            mask_targets(own.masks, own.boxes, own_boxes, image.matches[image.positive], logits.shape[-1])
-            for own, own_boxes, image in zip(objects, boxes, rois, strict=True)
-            if own.masks is not None
-        ]
+        """Of the positive boxes whose object has a mask."""
+        boxes, labels, targets = [], [], []
+        for image, own in zip(rois, objects, strict=True):
+            assert own.masks is not None
+            known = (own.masks[:, 0, 0] != UNKNOWN)[image.matches[image.positive]]
+            ids = image.positive[known]
+            boxes.append(image.boxes[ids])
+            labels.append(image.labels[ids])
+            size = 2 * MaskHead.size
+            targets.append(mask_targets(own.masks, own.boxes, boxes[-1], image.matches[ids], size))
+        logits = head(pool(maps, boxes, MaskHead.size), torch.cat(labels))
         entropy = F.binary_cross_entropy_with_logits(logits, torch.cat(targets), reduction="none")
         return (entropy.mean((1, 2)) * shares([len(image) for image in boxes], logits.device)).sum()
 
