@@ -15,6 +15,9 @@ from itpn.errors import UserError
 from itpn.heads.boxes import Objects
 from itpn.heads.detect import DetectObjective, DetectorConfig
 from itpn.heads.masks import paste_masks
+from itpn.heads.regions import RegionConfig
+from itpn.nn.hivit import HiViTConfig
+from itpn.nn.pyramid import ModelConfig, PyramidConfig
 from tests.engine.test_loop import metrics
 from tests.heads.ranks import fine_tune
 from tests.toys import toy_detector, toy_model, toy_objective, toy_scenes
@@ -159,6 +162,22 @@ def test_pre_trained_weights_fit_strictly():
     names = {name for name in pretrained.state_dict() if name.startswith("model.")}
     assert names == {name for name in model.state_dict() if name.startswith("model.")}
     model.model.load_state_dict(pretrained.model.state_dict())
+
+
+@pytest.mark.parametrize("cascade", [False, True])
+def test_published_size(cascade):
+    """Backbone and pyramid count as the authors' detection backbone, the heads as their shapes say."""
+    regions = RegionConfig(cascade=cascade)
+    with torch.device("meta"):
+        pretrained = ModelConfig(backbone=HiViTConfig(size="itpn_base"), pyramid=PyramidConfig(depth=1))
+        model = DetectObjective(pretrained, DetectorConfig(num_classes=80, regions=regions))
+    conv, biased = 256 * 256 * 9, 256 * 256 * 9 + 256
+    box = 4 * (conv + 2 * 256) + (256 * 49 + 1) * 1024 + 1025 * (81 + 320)
+    mask = 4 * biased + 4 * 256 * 256 + 256 + 257 * 80
+    proposals = biased + 257 * 15
+    counts = [sum(p.numel() for p in part.parameters()) for part in (model.model, model)]
+    assert counts[0] == 81_552_000
+    assert counts[1] == counts[0] + proposals + (3 if cascade else 1) * (box + mask)
 
 
 def test_boxes_alone():
