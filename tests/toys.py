@@ -2,6 +2,10 @@
 
 import torch
 
+from itpn.heads.detect import DetectObjective, DetectorConfig
+from itpn.heads.proposals import ProposalConfig
+from itpn.heads.regions import RegionConfig
+from itpn.heads.towers import HeadConfig
 from itpn.nn.hivit import HiViTConfig
 from itpn.nn.pyramid import ModelConfig, PyramidConfig
 from itpn.objectives.decoder import DecoderConfig
@@ -42,4 +46,57 @@ def toy_batch(objective: PixelObjective, size: int = 3, seed: int = 0) -> dict[s
     return {
         "images": torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
         **{key: torch.stack([draw[key] for draw in draws]) for key in draws[0]},
+    }
+
+
+def toy_detector(cascade: bool = False, norm: str = "group", seed: int = 0, **numbers) -> DetectObjective:
+    """A small detector of three classes, with anchors from 16 pixels on."""
+    torch.manual_seed(seed)
+    head = HeadConfig(norm=norm, num_convs=1, conv_width=24, hidden_width=48)
+    proposals = ProposalConfig(
+        anchor_scale=4.0, num_sampled=64, num_before_nms=(100, 100), num_proposals=(60, 60)
+    )
+    regions = RegionConfig(cascade=cascade, num_sampled=48, head=head)
+    detector = {key: numbers.pop(key) for key in list(numbers) if key in DetectorConfig.__dataclass_fields__}
+    config = DetectorConfig(**{"num_classes": 3, "proposals": proposals, "regions": regions} | detector)
+    return DetectObjective(toy_model(**numbers), config)
+
+
+def toy_scenes(
+    size: int = 2, pixels: tuple[int, int] = (64, 64), seed: int = 0, room: int = 4
+) -> dict[str, torch.Tensor]:
+    """A batch of images with up to three ellipses each that do not overlap; the colour is the class."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integer(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    H, W = pixels
+    y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
+    centres = (torch.arange(28) + 0.5) / 14 - 1
+    images = torch.full((size, 3, H, W), 100, dtype=torch.uint8)
+    boxes, labels = torch.zeros(size, room, 4), torch.full((size, room), -1)
+    masks = (centres[:, None] ** 2 + centres**2 <= 1).to(torch.uint8).repeat(size, room, 1, 1)
+    for i in range(size):
+        placed: list[tuple[int, int, int, int]] = []
+        for _ in range(20):
+            w, h = integer(16, 33), integer(16, 33)
+            left, top = integer(0, W - w + 1), integer(0, H - h + 1)
+            box = (left, top, left + w, top + h)
+            if len(placed) < 3 and all(
+                box[2] <= a or c <= box[0] or box[3] <= b or d <= box[1] for a, b, c, d in placed
+            ):
+                inside = ((x - left) / w * 2 - 1) ** 2 + ((y - top) / h * 2 - 1) ** 2 <= 1
+                label = integer(0, 3)
+                images[i, :, inside] = 0
+                images[i, label, inside] = 255
+                boxes[i, len(placed)], labels[i, len(placed)] = torch.tensor(box).float(), label
+                placed.append(box)
+    return {
+        "images": images,
+        "sizes": torch.tensor([pixels] * size),
+        "boxes": boxes,
+        "labels": labels,
+        "masks": masks,
+        "sampling": torch.arange(size) + 100 * seed,
     }

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from itpn.errors import UserError
 from itpn.nn.layers import GlobalBlock, LocalBlock, Merge, cells_of, init_linears
 from itpn.nn.positions import Grid, Relative, RelativeMethod, relative_index, resample_table, sincos_table
+from itpn.nn.windows import Windows
 
 Layers = Literal["hivit", "fast"]
 
@@ -112,6 +113,12 @@ class HiViTConfig:
     stem_init: Literal["default", "xavier"] = "default"
     """Start of the stem's weights: torch's own for a convolution, or Xavier-uniform (the mmpretrain
     models)."""
+    window: int | None = None
+    """Units per side of the windows within which most of stage 3's blocks attend, for large images (ViTDet);
+    a bias spans a window as it did the whole picture. None: every unit sees all, as does where units are
+    dropped."""
+    num_global_blocks: int = 4
+    """Blocks of stage 3, evenly spaced up to the last, that see all units though there are windows."""
     checkpointing: bool = False
     """Recompute each block in the backward pass instead of storing it: less memory, a third more time."""
 
@@ -142,6 +149,8 @@ class HiViTConfig:
         for name in ("early_mlp_ratio", "stage3_mlp_ratio"):
             if not 0 < getattr(self, name) <= 64:
                 raise UserError(f"model.backbone.{name}: {getattr(self, name)} lies outside (0, 64]")
+        if (self.window is not None and not 1 <= self.window <= LARGEST) or self.num_global_blocks < 0:
+            raise UserError("model.backbone: window must be at least 1, num_global_blocks at least 0")
         if not 0 <= self.drop_path < 1:
             raise UserError(f"model.backbone.drop_path: {self.drop_path} lies outside [0, 1)")
         if self.shape.width % (4 * self.shape.num_heads):
@@ -220,6 +229,8 @@ class HiViT(nn.Module):
             torch.empty(config.num_units, width), requires_grad=not config.position_frozen
         )
         self.stage3 = nn.ModuleList([global_block(rate) for rate in rates3])
+        num_global = min(config.num_global_blocks, depths[2])
+        self.global_blocks = {(i + 1) * depths[2] // num_global - 1 for i in range(num_global)}
         self.num_drops = sum(block.num_drops for block in self.blocks())
         self.reset_parameters()
 
@@ -280,12 +291,19 @@ class HiViT(nn.Module):
         relative: Relative | None = None,
         taps: Sequence[int] = (),
         drop: Tensor | None = None,
+        windows: Windows | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Stage 3 on any set of tokens: ``c16 [B, N, C]`` and the outputs of the blocks numbered in
-        ``taps``."""
+        """Stage 3 on any set of tokens: ``c16 [B, N, C]`` and the outputs of the blocks numbered in ``taps``.
+
+        ``windows`` cut up a whole grid of tokens, for all blocks but the global ones.
+        """
         tapped, drops = [], self._split_drops(drop, self.stage3)
+        within = None if windows is None else self.relative((windows.side, windows.side), None, tokens.device)
         for i, block in enumerate(self.stage3):
-            tokens = self._run(block, tokens, relative, next(drops))
+            if windows is None or i in self.global_blocks:
+                tokens = self._run(block, tokens, relative, next(drops))
+            else:
+                tokens = self._run(block, tokens, within, next(drops), windows)
             if i in taps:
                 tapped.append(tokens)
         return tokens, tapped
@@ -300,6 +318,11 @@ class HiViT(nn.Module):
         if keep is not None:
             pairs = pairs[keep[:, :, None], keep[:, None, :]]
         return Relative(pairs, grid, self.config.relative_resampling)
+
+    def windows(self, grid: Grid, device: torch.device | None = None) -> Windows | None:
+        """The windows of a grid; None where all units see one another."""
+        side = self.config.window
+        return None if side is None or side >= max(grid) else Windows.of(grid, side, device)
 
     def forward(self, images: Tensor, keep: Tensor | None = None, drop: Tensor | None = None) -> Features:
         """Normalised images ``[B, c, H, W]`` to stage features, of all units or those in ``keep [B, K]``.
@@ -320,7 +343,9 @@ class HiViT(nn.Module):
         early, late = (None, None) if drop is None else (drop[:, :num_local], drop[:, num_local:])
         c4, c8, tokens = self.local(self.stem(images, keep), early)
         tokens = self.embed(tokens, grid, keep)
-        c16, _ = self.context(tokens, self.relative(grid, keep, images.device), drop=late)
+        windows = self.windows(grid, images.device) if keep is None else None
+        relative = self.relative(grid, keep, images.device)
+        c16, _ = self.context(tokens, relative, drop=late, windows=windows)
         return Features(c4, c8, c16)
 
     def _run(self, block: nn.Module, *args: Any) -> Tensor:

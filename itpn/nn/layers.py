@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from itpn.nn.positions import Grid, Relative, resample_axis, resample_relative
+from itpn.nn.windows import Windows
 
 
 def units_of(images: Tensor, patch_size: int) -> Tensor:
@@ -133,16 +134,23 @@ class Attention(nn.Module):
                 torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), num_heads)
             )
 
-    def forward(self, x: Tensor, relative: Relative | None = None) -> Tensor:
+    def forward(self, x: Tensor, relative: Relative | None = None, windows: Windows | None = None) -> Tensor:
+        """``relative``: the pairs of positions among the tokens, or among those of each window."""
+        if windows is not None:
+            x = windows.cut(x)
         B, L, C = x.shape
         bias: Tensor | None = self.qkv.bias
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias)
         q, k, v = qkv.view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        x = attend(q, k, v, self.bias(relative, q))
+        added = self.bias(relative, q)
+        if windows is not None and windows.filled is not None:
+            filled = windows.filled.to(q.dtype).repeat(B // len(windows.filled), 1, 1, 1)
+            added = filled if added is None else added + filled
+        x = attend(q, k, v, added)
         x = self.proj(x.transpose(1, 2).reshape(B, L, C))
-        return x
+        return x if windows is None else windows.join(x)
 
     def bias(self, relative: Relative | None, q: Tensor) -> Tensor | None:
         """The bias ``[heads, L, L]`` or ``[B, heads, L, L]`` for the given pairs of positions."""
@@ -203,7 +211,7 @@ class LocalBlock(nn.Module):
 
 
 class GlobalBlock(nn.Module):
-    """Pre-norm attention over all given tokens, then a pre-norm MLP.
+    """Pre-norm attention over all given tokens, or within windows of them, then a pre-norm MLP.
 
     Args:
         window, decomposed: see `Attention`.
@@ -233,10 +241,16 @@ class GlobalBlock(nn.Module):
         self.scale2 = layer_scale(width, scale)
         self.drop = drop
 
-    def forward(self, x: Tensor, relative: Relative | None = None, uniform: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        relative: Relative | None = None,
+        uniform: Tensor | None = None,
+        windows: Windows | None = None,
+    ) -> Tensor:
         """``uniform [B, 2]``: the samples' numbers for drop path, attention branch first."""
         first, second = (None, None) if uniform is None else uniform.unbind(1)
-        x = x + drop_path(self.scale1(self.attn(self.norm1(x), relative)), first, self.drop)
+        x = x + drop_path(self.scale1(self.attn(self.norm1(x), relative, windows)), first, self.drop)
         return x + drop_path(self.scale2(self.mlp(self.norm2(x))), second, self.drop)
 
 
