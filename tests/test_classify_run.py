@@ -20,6 +20,7 @@ from itpn.engine.loop import LoopConfig
 from itpn.engine.optim import AdamWConfig
 from itpn.engine.schedule import CosineConfig
 from itpn.errors import UserError
+from itpn.heads.classify import ClassifierConfig
 from itpn.heads.finetune import FinetuneConfig
 from itpn.heads.mixing import MixConfig
 from itpn.models import ClassifierModel
@@ -161,11 +162,13 @@ def test_it_learns_32_images_by_heart(tmp_path):
     given = recipe(
         tmp_path / "images",
         tmp_path / "run",
-        {"epochs": 60, "batch_size": 16, "device_batch": 16},
+        {"epochs": 90, "batch_size": 16, "device_batch": 16},
         model=ModelConfig(backbone=toy_backbone(), pyramid=None),
         finetune=PLAIN,
         data=DataConfig(root=tmp_path / "images", workers=0, min_scale=1.0),
+        classifier=ClassifierConfig(init_std=0.02),
         optim=AdamWConfig(lr=3e-3, weight_decay=0.0),
+        layer_decay=LayerDecayConfig(rate=1.0),
         eval_every=0,
     )
     run = classify(given)

@@ -117,11 +117,12 @@ def table_of(found: Report, names: tuple[str, ...]) -> Table:
     for column in ("images", "right"):
         table.add_column(column, justify="right")
     table.add_column("most often taken for")
-    worst = sorted(range(len(names)), key=lambda i: (found.classes[i].top1, -found.classes[i].images))
+    seen = [i for i, row in enumerate(found.classes) if row.images]
+    worst = sorted(seen, key=lambda i: (found.classes[i].top1, -found.classes[i].images))
     for i in worst[:NUM_SHOWN]:
         row = found.classes[i]
         confusion = f"{printable(row.confusion)} ({row.confused})" if row.confusion else ""
         table.add_row(printable(names[i]), str(row.images), f"{row.top1:.1%}", confusion)
-    if len(names) > NUM_SHOWN:
-        table.caption = f"the {NUM_SHOWN} worst of {len(names):,} classes; report.json has all"
+    if len(seen) > NUM_SHOWN:
+        table.caption = f"the {NUM_SHOWN} worst of {len(seen):,} classes; report.json has all"
     return table

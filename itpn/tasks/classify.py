@@ -231,7 +231,7 @@ def write_report(found: Report, class_names: tuple[str, ...], directory: Path) -
     names = readable(class_names)
     path, picture = directory / "report.json", directory / "pictures" / "confusion.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
-    rows = [row._asdict() for row in found.classes]
+    rows = [row._asdict() | ({} if row.images else {"top1": None}) for row in found.classes]
     numbers = scores(found) | {"images": found.images, "unreadable": found.unreadable}
     path.write_text(json.dumps(numbers | {"classes": rows}, indent=1) + "\n")
     confusion_picture(found.confusion, found.reliability, names, picture)

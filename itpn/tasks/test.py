@@ -10,6 +10,7 @@ from torch import Tensor
 
 from itpn.data.picture import BadImageError
 from itpn.data.source import Images
+from itpn.data.transforms import crop_ratio_of
 from itpn.engine.distributed import World
 from itpn.errors import UserError, printable
 from itpn.evaluate.classify import Predictions, Report, report
@@ -76,6 +77,7 @@ def test_features(
         train,
         val,
         image_size=recipe.image_size,
+        crop_ratio=crop_ratio_of(recipe.image_size),
         device=world.device,
         rank=world.rank,
         world_size=world.size,
