@@ -21,17 +21,28 @@ STRIDE_16 = 2
 class SegmentObjective(nn.Module):
     """Backbone, pyramid and heads: the loss of a batch, and labels for images.
 
+    Args:
+        config: with its mean and std.
+        image_size: height and width of the training crops.
+
     Raises:
-        UserError: the model has no pyramid.
+        UserError: the model has no pyramid, or crops are not of whole cells of stride 32.
     """
 
-    def __init__(self, model: ModelConfig, config: SegmenterConfig) -> None:
+    def __init__(self, model: ModelConfig, config: SegmenterConfig, image_size: tuple[int, int]) -> None:
         super().__init__()
+        if config.mean is None or config.std is None:
+            raise ValueError("config.mean and config.std are not settled")
         if model.pyramid is None:
             raise UserError("segmentation needs a pyramid: the model was made without (model.pyramid)")
+        unit = 2 * model.backbone.patch_size
+        if any(side < 1 or side % unit for side in image_size):
+            raise UserError(
+                f"crops of {image_size[0]} x {image_size[1]} pixels: each side must be a multiple of {unit}"
+            )
         C, width = model.backbone.shape.width, model.pyramid.width
         channels = [width + C // 4, width + C // 2, width + C, width + C]
-        self.config = config
+        self.config, self.image_size = config, image_size
         self.normalise = Normalise(config.mean, config.std, model.backbone.in_channels)
         self.model = Model(model)
         self.decode_head = UPerHead(channels, config)
@@ -125,12 +136,11 @@ class SegmentObjective(nn.Module):
         return blocks
 
     def flops_per_image(self) -> float:
-        """Floating-point operations of a training step on one image of the backbone's size: matrix products
-        and convolutions, backward as twice forward."""
-        backbone = self.model.backbone.config
+        """Floating-point operations of a training step on one image: matrix products and convolutions,
+        backward as twice forward."""
         with torch.device("meta"):
-            twin = SegmentObjective(self.model.config, self.config).eval()
-            images = torch.empty(1, backbone.in_channels, backbone.image_size, backbone.image_size)
+            twin = SegmentObjective(self.model.config, self.config, self.image_size).eval()
+            images = torch.empty(1, self.model.backbone.config.in_channels, *self.image_size)
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 maps = twin.maps(images)
                 twin.decode_head(maps)

@@ -21,8 +21,8 @@ Norm = Literal["batch", "group"]
 
 @dataclass(frozen=True, kw_only=True)
 class SegmenterConfig:
-    num_classes: int
-    """Classes that a pixel can be of; pixels without a label are none of them."""
+    num_classes: int = 150
+    """Classes that a pixel can be of. Training sets it to the number of the data's."""
     width: int = 768
     """Channels inside the head."""
     pools: tuple[int, ...] = (1, 2, 3, 6)
@@ -40,10 +40,11 @@ class SegmenterConfig:
     """What a sample's sum over its labelled pixels is divided by: their number (ours), or that of all its
     pixels (published: a sample of which little is labelled counts little). The loss is the mean over
     samples."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Mean of each image channel, in 0..1; ImageNet's."""
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """Standard deviation of each image channel, in 0..1; ImageNet's."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each image channel, in 0..1. None: what the starting weights saw, else ImageNet's."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each image channel, in 0..1. None: what the starting weights saw, else
+    ImageNet's."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_classes <= 1 << 16:
@@ -56,6 +57,8 @@ class SegmenterConfig:
             raise UserError(f"segmenter.dropout: {self.dropout} lies outside [0, 1)")
         if not 0 <= self.auxiliary_weight < math.inf:
             raise UserError(f"segmenter.auxiliary_weight: {self.auxiliary_weight} is not 0 or more")
+        if (self.mean is None) != (self.std is None):
+            raise UserError("segmenter.mean and segmenter.std: give both or neither")
 
 
 class ConvNorm(nn.Sequential):

@@ -15,17 +15,19 @@ from itpn.heads.upernet import ConvNorm, FCNHead, SegmenterConfig, UPerHead
 from itpn.nn.hivit import HiViT
 from tests.toys import toy_backbone, toy_model
 
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BASE = (384, 512, 768, 768)
 
 
 def toy_config(**numbers) -> SegmenterConfig:
-    toy = {"num_classes": 5, "width": 16, "auxiliary_width": 8, "norm": "group", "dropout": 0.0}
+    toy = {"num_classes": 5, "width": 16, "auxiliary_width": 8, "norm": "group", "dropout": 0.0,
+           "mean": IMAGENET[0], "std": IMAGENET[1]}  # fmt: skip
     return SegmenterConfig(**toy | numbers)
 
 
 def toy_segmenter(pyramid: bool = True, seed: int = 0, drop_path: float = 0.0, **numbers) -> SegmentObjective:
     torch.manual_seed(seed)
-    return SegmentObjective(toy_model(pyramid, drop_path=drop_path), toy_config(**numbers))
+    return SegmentObjective(toy_model(pyramid, drop_path=drop_path), toy_config(**numbers), (64, 64))
 
 
 def toy_batch(size: int = 2, num_classes: int = 5, side: int = 64) -> dict[str, torch.Tensor]:
@@ -211,9 +213,13 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(UserError, match="one image at a time"):
         toy_segmenter(norm="batch")(toy_batch(1))
     toy_segmenter(norm="batch").eval()(toy_batch(1))
+    with pytest.raises(UserError, match="80 x 64 pixels: each side must be a multiple of 32"):
+        SegmentObjective(toy_model(), toy_config(), (80, 64))
+    with pytest.raises(ValueError, match="not settled"):
+        SegmentObjective(toy_model(), toy_config(mean=None, std=None), (64, 64))
     for wrong in (
         {"num_classes": 0}, {"width": 0}, {"pools": ()}, {"pools": (0,)}, {"dropout": 1.0},
-        {"auxiliary_weight": -1.0}, {"auxiliary_weight": math.nan}, {"num_classes": 70_000},
+        {"auxiliary_weight": -1.0}, {"auxiliary_weight": math.nan}, {"num_classes": 70_000}, {"mean": None},
     ):  # fmt: skip
         with pytest.raises(UserError, match=r"segmenter\."):
             toy_config(**wrong)
