@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from itpn.data.images import ImageList, Split, walk
-from itpn.data.labels import MAX_CLASSES, Labelling, Labels, read_labels
+from itpn.data.labels import Labelling, Labels, read_labels
 from itpn.data.picture import BadImageError
 from itpn.data.source import Names
 from itpn.errors import UserError
@@ -174,8 +174,6 @@ def _class_names(root: Path, names: Path | None, num_classes: int | None) -> tup
 
 def numbered(num_classes: int) -> tuple[str, ...]:
     """Names for classes that have none."""
-    if not 1 <= num_classes <= MAX_CLASSES:
-        raise UserError(f"--data.num-classes is {num_classes:,}; there can be 1 to {MAX_CLASSES:,}")
     return tuple(f"class {i}" for i in range(num_classes))
 
 

@@ -21,6 +21,7 @@ from itpn.data.aligned import (
 )
 from itpn.data.images import Split
 from itpn.data.labelled import IGNORED, LabelledImages, find_masks
+from itpn.data.labels import MAX_CLASSES
 from itpn.data.loader import Batch, Draw, Loaded, MicroBatches, Samples, load
 from itpn.data.picture import BadImageError, Size
 from itpn.data.randomness import generator
@@ -78,6 +79,8 @@ class SegmentationDataConfig:
     """Processes that load images, per rank; None: what suits the machine, 0: load in the training process."""
 
     def __post_init__(self) -> None:
+        if not 1 <= (1 if self.num_classes is None else self.num_classes) <= MAX_CLASSES:
+            raise UserError(f"data.num_classes is {self.num_classes}; there can be 1 to {MAX_CLASSES:,}")
         if not 0 < self.ratio[0] <= self.ratio[1] <= 16:
             raise UserError(f"data.ratio is {self.ratio}; it is a smallest and a largest factor, in (0, 16]")
         sizes = (self.short * self.ratio[0], self.long * self.ratio[0], *self.crop)

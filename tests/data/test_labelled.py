@@ -85,7 +85,6 @@ def test_numbers_and_names_of_classes(root: Path, tmp_path: Path) -> None:
     ("options", "names", "words"),
     [
         ({}, None, "the number of classes is not known: write their names to .*classes.txt"),
-        ({"num_classes": 0}, None, "there can be 1 to 65,535"),
         ({"num_classes": 3}, "a\nb\n", "names 2 classes, but --data.num-classes says 3"),
         ({}, "a\n\nb\n", "line without a name"),
         ({}, "a\nb\na\n", "a name twice"),

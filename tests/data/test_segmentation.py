@@ -184,7 +184,8 @@ def test_splits(root: Path, tmp_path: Path) -> None:
     "wrong",
     [{"ratio": (2.0, 1.0)}, {"ratio": (0.0, 1.0)}, {"short": 0}, {"crop": (0, 4)}, {"crop": (1 << 16, 4)},
      {"max_class_share": 0.0}, {"flip": 1.1}, {"max_bad_share": -1.0}, {"brightness": -1.0}, {"hue": 181.0},
-     {"contrast": 1.5}, {"padding": (0, 0, 256)}, {"workers": -1}],
+     {"contrast": 1.5}, {"padding": (0, 0, 256)}, {"workers": -1}, {"num_classes": 0},
+     {"num_classes": 65_536}],
 )  # fmt: skip
 def test_mistakes_are_named(wrong: dict) -> None:
     with pytest.raises(UserError, match=r"data\."):
