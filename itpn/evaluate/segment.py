@@ -95,7 +95,8 @@ def evaluate_segmentation(
 def confusion(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
     """How many pixels of each class (row) were said to be of each (column), long [classes, classes].
 
-    torchmetrics counts the same (the tests compare), but checks every value of every batch on the way. Labels of any integer type and shape; those that are no class are not counted.
+    torchmetrics counts the same (the tests compare), but looks through all values first. Labels of any
+    integer type and shape; those that are no class are not counted.
     """
     labelled = labels < num_classes
     pairs = labels[labelled].long() * num_classes + predicted[labelled].long()
