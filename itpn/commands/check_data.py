@@ -1,4 +1,4 @@
-"""`itpn check-data DIR`: reads every image as training would, and lists those that cannot be read."""
+"""`itpn check-data DIR`: reads all images and labels as training would, and lists what cannot be used."""
 
 import json
 import re
@@ -6,9 +6,9 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Literal, TextIO
 
 import numpy as np
 import tyro
@@ -16,22 +16,31 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from itpn.commands.arguments import parse
-from itpn.data.check import Tally, check
+from itpn.data.check import Tally
+from itpn.data.check_labels import LabelTally
+from itpn.data.check_labels import summary as label_summary
 from itpn.data.images import find_images, split_folder
+from itpn.data.labelled import IGNORED, NAMES, LabelledImages
+from itpn.data.labels import MAX_CLASSES
 from itpn.data.loader import DataConfig, default_workers
+from itpn.data.segmentation import SegmentationDataConfig, find_labelled, has_split
 from itpn.data.source import Images
 from itpn.errors import UserError, printable
 
 
 @dataclass(frozen=True)
 class CheckData:
-    """Decode every image of a data set, name those that cannot be read, and sum up the others.
+    """Decode every image of a data set, and its labels, name those that cannot be used, and sum up the
+    others.
 
-    The exit status is 0 if all can be read, else 1.
+    The exit status is 0 if all can be used, else 1.
     """
 
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder of images, searched as --data.root is: train, and val if there is one."""
+    format: Literal["images", "ade20k", "masks"] = "images"
+    """What is there: images; images with a label for every pixel, laid out as ADE20K; or images/train beside
+    labels/train (masks)."""
     list: Path | None = None
     """Text file with one image path a line, as --data.list takes it; replaces the search."""
     workers: int | None = None
@@ -40,12 +49,22 @@ class CheckData:
     """Write the unreadable images to this file, one JSON object a line: split, file, reason."""
     image_size: int = 224
     """Images with a side shorter than this are counted; training enlarges them."""
+    num_classes: int | None = None
+    """Of masks: how many classes there are, where no file names them."""
+    names: Path | None = None
+    """Of masks: a text file with a class name a line. None: DIR/classes.txt if it is there."""
+    ignored: int | None = IGNORED
+    """Of masks: the number that marks pixels without a label."""
+    zero_is_no_label: bool = False
+    """Of masks: 0 marks pixels without a label, and the classes count from 1."""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
             raise UserError(f"--workers is {self.workers}; it is a number of processes, 1 or more")
         if self.image_size < 1:
             raise UserError(f"--image-size is {self.image_size}; it is a number of pixels, 1 or more")
+        if self.list and self.format != "images":
+            raise UserError(f"--list names images without labels; it does not go with --format {self.format}")
 
 
 def run(arguments: list[str]) -> None:
@@ -53,21 +72,45 @@ def run(arguments: list[str]) -> None:
     splits = images_of(options)
     for images in splits.values():
         print(printable(images.description))
-    tallies = {split: Tally(images) for split, images in splits.items()}
+    tallies = {split: tally_of(images) for split, images in splits.items()}
     read_all(tallies, options.workers or default_workers(on_cpu=False), options.out)
     for split, tally in tallies.items():
         print("\n".join([f"{split}:", *(f"  {line}" for line in summary(tally, options.image_size))]))
     if len(tallies) == 2:
         print(shared(*tallies.values()))
-    if any(tally.bad for tally in tallies.values()):
+    if any(tally.bad or tally.unpaired for tally in tallies.values()):
         raise SystemExit(1)
 
 
 def images_of(options: CheckData) -> dict[str, Images]:
     """What training and evaluation would find, by split."""
+    if options.format != "images":
+        data = labelled(options)
+        found: dict[str, Images] = {"train": find_labelled(data, "train")}
+        return found | ({"val": find_labelled(data, "val")} if has_split(data, "val") else {})
     if options.list or not split_folder(options.directory, "val"):
         return {"train": find_images(options.directory, "train", options.list)}
     return {split: find_images(options.directory, split) for split in ("train", "val")}
+
+
+def tally_of(images: Images) -> Tally:
+    return LabelTally(images) if isinstance(images, LabelledImages) else Tally(images)
+
+
+def labelled(options: CheckData) -> SegmentationDataConfig:
+    """Where the labels are. If nothing says how many classes there are, every number is one."""
+    data = SegmentationDataConfig(
+        root=options.directory,
+        format="ade20k" if options.format == "ade20k" else "masks",
+        num_classes=options.num_classes,
+        names=options.names,
+        ignored=options.ignored,
+        zero_is_no_label=options.zero_is_no_label,
+        skip_bad=True,  # to tell of all of them
+    )
+    if data.format == "ade20k" or data.num_classes or data.names or (data.root / NAMES).is_file():
+        return data
+    return replace(data, num_classes=MAX_CLASSES, ignored=None, zero_is_no_label=False)
 
 
 def read_all(tallies: Mapping[str, Tally], num_workers: int, out: Path | None) -> None:
@@ -78,15 +121,20 @@ def read_all(tallies: Mapping[str, Tally], num_workers: int, out: Path | None) -
         bar = stack.enter_context(_bar(console))
         for split, tally in tallies.items():
             task = bar.add_task(split, total=len(tally.images))
-            for index, found in check(tally.images, num_workers):
+            for alone in tally.unpaired:
+                tell(split, alone.path, alone.reason, file)
+            for index, found in tally.check(num_workers):
                 tally.add(index, found)
                 bar.advance(task)
                 if isinstance(found, str):
-                    name = tally.images.name(index)
-                    print(f"{printable(name)}: {printable(found)}")
-                    if file:
-                        line = {"split": split, "file": str(name), "reason": found}
-                        print(json.dumps(line), file=file, flush=True)
+                    tell(split, tally.images.name(index), found, file)
+
+
+def tell(split: str, name: Path, reason: str, file: TextIO | None) -> None:
+    """Of one file that cannot be used."""
+    print(f"{printable(name)}: {printable(reason)}")
+    if file:
+        print(json.dumps({"split": split, "file": str(name), "reason": reason}), file=file, flush=True)
 
 
 def _created(path: Path) -> TextIO:
@@ -110,6 +158,8 @@ def _bar(console: Console) -> Progress:
 def summary(tally: Tally, image_size: int) -> Iterator[str]:
     yield f"{tally.num_read:,} of {len(tally.images):,} images can be read"
     yield from _bad(tally)
+    if tally.unpaired:
+        yield f"{len(tally.unpaired):,} files without a partner"
     if sizes := tally.sizes():
         yield "width x height: smallest {}, median {}, largest {}".format(*sizes)
     if smaller := tally.num_smaller(image_size):
@@ -126,6 +176,8 @@ def summary(tally: Tally, image_size: int) -> Iterator[str]:
         )
     if copies := tally.num_read - len(np.unique(tally.digests)):
         yield f"exact copies of others: {copies:,}"
+    if isinstance(tally, LabelTally):
+        yield from label_summary(tally)
 
 
 def _bad(tally: Tally) -> Iterator[str]:
@@ -133,6 +185,7 @@ def _bad(tally: Tally) -> Iterator[str]:
         return
     share, limit = len(tally.bad) / len(tally.images), DataConfig.max_bad_share
     stops = f"; training stops at {limit:.0%}" if share > limit else ""
+    stops = "; training needs --data.skip-bad" if isinstance(tally, LabelTally) else stops
     yield f"{len(tally.bad):,} cannot ({share:.2%}{stops}):"
     alike: dict[str, list[str]] = defaultdict(list)  # but for numbers, such as that of missing bytes
     for reason in tally.bad.values():

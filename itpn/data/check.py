@@ -4,7 +4,7 @@ import io
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from hashlib import blake2b
 from typing import NamedTuple
@@ -19,6 +19,17 @@ from itpn.data.picture import FORMATS, BadImageError, open_bytes, orientation
 from itpn.data.source import Images
 
 
+class LabelLook(NamedTuple):
+    """What the labels of an image's pixels are like."""
+
+    classes: NDArray[np.int64]
+    """Ids of the classes that occur."""
+    pixels: NDArray[np.int64]
+    """How many pixels each of them has."""
+    num_unlabelled: int
+    """How many have no label."""
+
+
 class Look(NamedTuple):
     """What a readable image is like."""
 
@@ -28,6 +39,7 @@ class Look(NamedTuple):
     traits: tuple[str, ...]
     digest: int
     """64 bits that identical files share, and no others."""
+    labels: LabelLook | None = None
 
 
 class Size(NamedTuple):
@@ -43,6 +55,8 @@ class Tally:
 
     def __init__(self, images: Images) -> None:
         self.images = images
+        self.unpaired: tuple[BadImageError, ...] = ()
+        """Files that were left out for want of another that belongs to them."""
         self.bad: dict[int, str] = {}
         """Why an image cannot be read, by index."""
         self.formats: Counter[str] = Counter()
@@ -57,6 +71,10 @@ class Tally:
         self.traits.update(found.traits)
         self._sizes.extend((found.width, found.height))
         self._digests.append(found.digest)
+
+    def check(self, num_workers: int) -> Iterator[tuple[int, Look | str]]:
+        """Looks at every image; the results are for `add`."""
+        return look_at_all(partial(look, self.images), len(self.images), num_workers)
 
     @property
     def num_read(self) -> int:
@@ -87,13 +105,18 @@ class Tally:
         return np.array(self._sizes, np.int64).reshape(-1, 2)
 
 
-def check(images: Images, num_workers: int) -> Iterator[tuple[int, Look | str]]:
+def look_at_all(
+    look: Callable[[int], Look | str], num_images: int, num_workers: int
+) -> Iterator[tuple[int, Look | str]]:
     """Decodes every image in full, in the order in which that is done.
 
+    Args:
+        look: from an image's index to what it is like, or why it cannot be read. Picklable.
+
     Yields:
-        Its index, and what it is like or why it cannot be read.
+        Its index, and what `look` says.
     """
-    for index, found in each(partial(look, images), len(images), num_workers):
+    for index, found in each(look, num_images, num_workers):
         yield index, str(found) if isinstance(found, Death) else found
 
 

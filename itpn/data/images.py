@@ -73,9 +73,9 @@ def _images_below(root: Path, split: Split) -> Images:
     if folder is None:
         raise UserError(f"{root} has no folder {split!r}; add it or name another root to evaluate on")
     tars, compressed = archives_in(folder, (".tar",)), archives_in(folder, COMPRESSED)
-    if tars and not compressed and next(_walk(folder), None) is None:
+    if tars and not compressed and next(walk(folder), None) is None:
         return find_sharded(folder, tars)
-    names = sorted(_walk(folder))
+    names = sorted(walk(folder))
     if tars and names:
         raise UserError(
             f"{folder} holds both tar shards ({tars[0].name}) and images ({names[0]}); "
@@ -98,7 +98,7 @@ def split_folder(root: Path, split: Split) -> Path | None:
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
-def _walk(root: Path) -> Iterator[str]:
+def walk(root: Path) -> Iterator[str]:
     """Visible image files below root, relative to it; each real folder once, so links cannot loop."""
     seen: set[tuple[int, int]] = set()
     folders = [""]

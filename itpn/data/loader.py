@@ -7,10 +7,11 @@ positions, split over micro-steps and ranks. So which images a step sees depends
 import os
 import signal
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -109,8 +110,7 @@ def train_loader(
     """
     order = MicroBatches(images, seed, batch_size, micro_batch, rank, world_size, start_step)
     samples = TrainSamples(images, config, image_size, draw, seed)
-    loader = _data_loader(samples, order, config.workers, device)
-    return _reporting(loader, images, on_bad or _named_once_on_stderr())
+    return load(samples, order, images, config.workers, device, on_bad)
 
 
 def eval_loader(
@@ -136,8 +136,17 @@ def eval_loader(
     """
     mine = range(rank, len(images), world_size)
     order = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    loader = _data_loader(EvalSamples(images, image_size, crop_ratio), order, workers, device)
-    return _reporting(loader, images, on_bad or _named_once_on_stderr())
+    return load(EvalSamples(images, image_size, crop_ratio), order, images, workers, device, on_bad)
+
+
+class Epochs(Protocol):
+    """Something whose samples have an order in each epoch."""
+
+    def __len__(self) -> int: ...
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """Indices of samples, each at most once, long [len(self)]."""
+        ...
 
 
 class MicroBatches(Sampler[list[tuple[int, int]]]):
@@ -145,7 +154,7 @@ class MicroBatches(Sampler[list[tuple[int, int]]]):
 
     def __init__(
         self,
-        images: Images,
+        epochs: Epochs,
         seed: int,
         batch_size: int,
         micro_batch: int,
@@ -153,34 +162,42 @@ class MicroBatches(Sampler[list[tuple[int, int]]]):
         world_size: int = 1,
         start_step: int = 0,
     ) -> None:
-        self.steps = steps_per_epoch(len(images), batch_size)
+        self.steps = steps_per_epoch(len(epochs), batch_size)
         if batch_size % (micro_batch * world_size):
             raise ValueError(f"{batch_size=} is not a multiple of {micro_batch=} times {world_size=}")
-        self.images, self.seed, self.start_step = images, seed, start_step
+        self.epochs, self.seed, self.start_step = epochs, seed, start_step
         self.batch_size, self.micro_batch = batch_size, micro_batch
         self.first, self.stride = rank * micro_batch, world_size * micro_batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, step = divmod(self.start_step, self.steps)
         while True:
-            order = self.images.order(self.seed, epoch)
+            order = self.epochs.order(self.seed, epoch)
             for start in range(step * self.batch_size, self.steps * self.batch_size, self.batch_size):
                 for offset in range(start + self.first, start + self.batch_size, self.stride):
                     yield [(epoch, index) for index in order[offset : offset + self.micro_batch].tolist()]
             epoch, step = epoch + 1, 0
 
 
-class TrainSamples(Dataset[Loaded]):
+class Samples(Dataset[Loaded], ABC):
     """Maps the (epoch, index) pairs of a micro-batch to the batch and what could not be read on the way.
 
-    The batch is None when too many images in a row could not be read.
+    An unreadable image is replaced by another one. The batch is None when too many in a row are unreadable.
     """
 
-    def __init__(self, images: Images, config: DataConfig, image_size: Size, draw: Draw, seed: int) -> None:
-        self.images, self.config, self.image_size = images, config, image_size
-        self.draw, self.seed = draw, seed
-        if config.randaugment:
-            randaugment(config.randaugment, image_size)  # once, before the workers are forked
+    def __init__(self, num_images: int, draw: Draw, seed: int) -> None:
+        self.num_images, self.draw, self.seed = num_images, draw, seed
+
+    @abstractmethod
+    def sample(self, epoch: int, index: int, shown: int) -> Batch:
+        """The sample whose image is `shown`, and whose random numbers are those of `index`.
+
+        Raises:
+            BadImageError: The image cannot be read.
+        """
+
+    def collate(self, samples: Sequence[Batch]) -> Batch:
+        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
     def __getitem__(self, pairs: Sequence[tuple[int, int]]) -> Loaded:
         bad: BadImages = []
@@ -190,29 +207,41 @@ class TrainSamples(Dataset[Loaded]):
             if sample is None:
                 return None, bad
             samples.append(sample)
-        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}, bad
+        return self.collate(samples), bad
 
     def _sample(self, epoch: int, index: int, bad: BadImages) -> Batch | None:
         shown = index
         for attempt in range(MAX_REPLACEMENTS):
             try:
-                pixels = self._pixels(epoch, index, shown)
+                sample = self.sample(epoch, index, shown)
             except BadImageError as error:
                 bad.append((shown, error.reason))
-                shown = replacement(self.seed, epoch, index, attempt, len(self.images))
+                shown = replacement(self.seed, epoch, index, attempt, self.num_images)
                 continue
-            if self.config.randaugment:
-                draws = generator(self.seed, epoch, index, "randaugment")
-                pixels = augmented(pixels, self.config.randaugment, draws)
-            if self.config.colour_jitter:
-                draws = generator(self.seed, epoch, index, "colour")
-                pixels = jittered(pixels, self.config.colour_jitter, draws)
             drawn = self.draw(generator(self.seed, epoch, index, "draw"))
-            sample = {"images": pixels, "index": torch.tensor(shown), "epoch": torch.tensor(epoch)}
-            if self.images.labels is not None:
-                sample["labels"] = self.images.labels[shown]
-            return sample | drawn
+            return {**sample, "index": torch.tensor(shown), "epoch": torch.tensor(epoch), **drawn}
         return None
+
+
+class TrainSamples(Samples):
+    """Random crops of images, with their labels if they have any."""
+
+    def __init__(self, images: Images, config: DataConfig, image_size: Size, draw: Draw, seed: int) -> None:
+        super().__init__(len(images), draw, seed)
+        self.images, self.config, self.image_size = images, config, image_size
+        if config.randaugment:
+            randaugment(config.randaugment, image_size)  # once, before the workers are forked
+
+    def sample(self, epoch: int, index: int, shown: int) -> Batch:
+        pixels = self._pixels(epoch, index, shown)
+        if self.config.randaugment:
+            draws = generator(self.seed, epoch, index, "randaugment")
+            pixels = augmented(pixels, self.config.randaugment, draws)
+        if self.config.colour_jitter:
+            draws = generator(self.seed, epoch, index, "colour")
+            pixels = jittered(pixels, self.config.colour_jitter, draws)
+        labels = self.images.labels
+        return {"images": pixels} if labels is None else {"images": pixels, "labels": labels[shown]}
 
     def _pixels(self, epoch: int, index: int, shown: int) -> Tensor:
         with self.images.open(shown) as picture:
@@ -244,6 +273,24 @@ class EvalSamples(Dataset[Loaded]):
                 bad.append((i, error.reason))
                 labels[row] = -1
         return {"images": pixels, "index": index, "labels": labels}, bad
+
+
+def load(
+    samples: Dataset[Loaded],
+    order: Iterable[Any],
+    images: Images,
+    workers: int | None,
+    device: torch.device | None,
+    on_bad: Callable[[BadImageError], None] | None,
+) -> Iterator[Batch]:
+    """The batches that `samples` makes of the entries of `order`; `on_bad` hears of each unreadable image.
+
+    Args:
+        on_bad: None: each is named on stderr once.
+    """
+    return _reporting(
+        _data_loader(samples, order, workers, device), images, on_bad or _named_once_on_stderr()
+    )
 
 
 def _data_loader(
