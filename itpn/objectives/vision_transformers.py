@@ -67,9 +67,9 @@ def untrained(
     from timm.models.vision_transformer import VisionTransformer
 
     try:
-        with torch.device(device):
+        with torch.device(device), _quiet_hub():
             vit = timm.create_model(name, pretrained_cfg_overlay=dict(overlay or {}), **(sizes or {}))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained())
         hint = f"; timm's nearest are {', '.join(near)}" if near else "; give a model as timm names it"
         raise UserError(f"--objective.teacher {name}: {_short(error).rstrip('.')}{hint}") from error
