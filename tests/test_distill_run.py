@@ -17,9 +17,11 @@ from itpn.errors import UserError
 from itpn.evaluate.knn import KnnConfig
 from itpn.nn.pyramid import Model, ModelConfig
 from itpn.objectives.distill import DistillConfig
+from itpn.objectives.stages import FrozenConfig
 from itpn.recipes.pretrain import Pretrain
 from itpn.show.curves import read_metrics
-from itpn.tasks.pretrain import pretrain
+from itpn.show.sheet import GAP, MARGIN
+from itpn.tasks.pretrain import load_objective, pretrain
 from itpn.weights import files
 from tests.toys import toy_model, toy_objective
 
@@ -75,6 +77,37 @@ def test_a_run_logs_both_branches(run):
         line = metrics[step]
         assert line["loss"] == pytest.approx(line["fused"] + line["auxiliary"], abs=1e-5)
     assert [step for step, line in metrics.items() if "knn_top1" in line] == [0, 2, 4]
+
+
+def test_a_run_leaves_pictures(run):
+    pictures = [path.name for path in sorted((run / "pictures").iterdir())]
+    assert pictures == ["curves.png", "distillation-0000.png", "distillation-0002.png"]
+    picture = np.asarray(Image.open(run / "pictures/distillation-0002.png"))
+    assert picture.shape[1] == 8 * 256 + 7 * GAP + 2 * MARGIN  # 64 pixels are shown as 256
+
+
+def by_both(root, run_dir, weights):
+    """Pixels, with the moving average and a frozen teacher beside them."""
+    objective = toy_objective({}, layer_scale=0.1).config
+    frozen = {"teacher": "test_vit", "teacher_weights": weights, "frozen": FrozenConfig(weight=0.5, width=64)}
+    return replace(recipe(root, run_dir, weights), objective=replace(objective, **frozen), knn=KnnConfig())
+
+
+def test_pixels_with_both_teachers(images, weights, tmp_path, capsys):
+    given = by_both(images, tmp_path / "run", weights)
+    pretrain(replace(given, loop=replace(given.loop, max_steps=3)))
+    pretrain(given)
+    assert "teacher test_vit: 4 x 4 tokens of 64 x 64 pixels" in capsys.readouterr().out
+    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    for step in (1, 2, 3, 4):
+        line = lines[step]
+        parts = line["pixel"] + 0.3 * line["feature"] + 0.5 * line["frozen"]
+        assert line["loss"] == pytest.approx(parts, abs=1e-5)
+    pretrain(by_both(images, tmp_path / "whole", weights))
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+    assert (tmp_path / "run/pictures/reconstruction-0002.png").is_file()
+    shown = load_objective(tmp_path / "run")  # needs no teacher
+    assert shown.features is shown.frozen is None
 
 
 def test_a_run_says_who_teaches_it(images, weights, tmp_path, capsys):
@@ -145,8 +178,10 @@ def refused(given, words):
     [
         ("test_vti", {}, "--objective.teacher test_vti: Unknown model .*nearest are .*test_vit"),
         ("test_resnet", {}, "--objective.teacher: test_resnet .ResNet. is no plain vision transformer"),
+        ("../test_vit", {}, "--objective.teacher ../test_vit: .*nearest are test_vit"),
         ("test_vit2", {}, "--objective.teacher-weights: they do not fit test_vit2"),
         ("test_vit", {"target_width": 32}, "target.width is 32, but the teacher's targets have 64"),
+        ("test_vit", {"frozen": FrozenConfig(weight=1.0, width=32)}, "frozen.width is 32, but .* have 64"),
         ("test_vit", {"target": "projected"}, "target.width is 64, but the teacher's targets have 1000"),
         ("", {}, "--objective.teacher-weights: no vision transformer under OpenAI's names"),
     ],
@@ -173,6 +208,13 @@ def test_weights_of_the_wrong_shape(images, tmp_path, name, shape):
     save_file(state | {name: torch.zeros(shape)}, tmp_path / "wrong.safetensors")
     words = "--objective.teacher-weights: they do not fit test_vit: ."
     refused(recipe(images, tmp_path / "run", tmp_path / "wrong.safetensors"), words)
+
+
+def test_weights_that_are_not_finite(images, tmp_path):
+    state = timm.create_model("test_vit").state_dict()
+    save_file(state | {"norm.bias": torch.full((64,), torch.nan)}, tmp_path / "nan.safetensors")
+    given = recipe(images, tmp_path / "run", tmp_path / "nan.safetensors")
+    refused(given, "--objective.teacher-weights: norm.bias has values that are NaN")
 
 
 def test_without_file_and_network_both_ways_are_named(images, tmp_path, monkeypatch, capsys):

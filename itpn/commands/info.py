@@ -22,7 +22,8 @@ from itpn.nn.hivit import HiViT
 from itpn.nn.pyramid import ModelConfig
 from itpn.objectives.distill import DistillObjective
 from itpn.objectives.pixel import PixelObjective
-from itpn.objectives.teacher import CLIP, Teacher, outline
+from itpn.objectives.teacher import Teacher, outline
+from itpn.objectives.vision_transformers import CLIP
 from itpn.recipes.classify import Classify
 from itpn.tasks.classify import settled
 from itpn.weights import files

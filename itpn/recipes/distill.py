@@ -14,7 +14,7 @@ from itpn.engine.schedule import CosineConfig
 from itpn.nn.hivit import HiViTConfig
 from itpn.nn.pyramid import ModelConfig, PyramidConfig
 from itpn.objectives.distill import DistillConfig
-from itpn.objectives.teacher import CLIP
+from itpn.objectives.vision_transformers import CLIP
 from itpn.recipes.pretrain import Pretrain, Size
 
 CLIP_LARGE = "vit_large_patch14_clip_quickgelu_224.openai"

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -64,8 +63,8 @@ def distillation_picture(
     *,
     cell: int = 200,
 ) -> Image.Image:
-    """One row per image: original, masked, each level's map, the teacher's and the student's tokens in the
-    colours of one PCA over both, and how similar the two are.
+    """One row per image: original, masked, each level's map, the teacher's tokens in PCA colours, the
+    student's in the same, and how similar the two are.
 
     Args:
         original, masked: float `[B, C, H, W]` in 0..1.
@@ -80,13 +79,12 @@ def distillation_picture(
     """
     _, _, H, W = original.shape
     size = _scaled(H, W, cell)
-    taught, learned = pca_colours(torch.cat([target, prediction])).chunk(2)
     columns = [
         _picture(original, size, "original", f"{W} x {H} pixels"),
         _picture(masked, size, "masked", "what stage 3 sees"),
         *(_map(pca_colours(maps), size, name, "PCA") for name, maps in levels),
-        _map(taught, size, "teacher", "PCA"),
-        _map(learned, size, "student", "in the same colours"),
+        _map(pca_colours(target), size, "teacher", "PCA"),
+        _map(pca_colours(prediction, fitted_to=target), size, "student", "the same colours"),
         _map(similarity, size, "cosine similarity", "white 1, black 0"),
     ]
     return _sheet(columns, captions)

@@ -193,8 +193,8 @@ def comparison_of(objective: DistillObjective, images: Tensor, generator: torch.
     objective.train(training)
     similarity = shown.similarity.flatten(1)
     captions = [
-        f"cosine similarity {values[mask].mean():.2f} on the {mask.sum()} hidden units, "
-        f"{values[~mask].mean():.2f} on the others"
+        f"cosine similarity {values[mask].mean().item():z.2f} on the {mask.sum()} hidden units, "
+        f"{values[~mask].mean().item():z.2f} on the others"
         for values, mask in zip(similarity, hidden, strict=True)
     ]
     return distillation_picture(

@@ -27,6 +27,23 @@ config = itpn_pixel(size="base", epochs=100)
 config = replace(config, model=_toy.model.config, objective=_toy.config)
 """
 
+FROZEN = """
+from dataclasses import replace
+
+from itpn.objectives.distill import DistillConfig
+from itpn.objectives.stages import FrozenConfig
+from itpn.recipes.pretrain import itpn_pixel
+from tests.toys import toy_objective
+
+_toy = toy_objective()
+_frozen = {"teacher": "test_vit", "frozen": FrozenConfig(weight=1.0, width=64)}
+_distil = DistillConfig(target="tokens", target_width=64, num_hidden=5, min_block=2, **_frozen)
+config = itpn_pixel(size="base", epochs=100)
+config = replace(
+    config, model=_toy.model.config, objective=replace(_toy.config, **_frozen) if {pixels} else _distil
+)
+"""
+
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -64,6 +81,29 @@ def test_figures(tmp_path, capsys, features):
     assert {kind for kind, seconds in figures["kinds"].items() if seconds} >= {"matmul", "norm", "GELU"}
     shown = capsys.readouterr().out
     assert "images/s" in shown and "of the ceiling" in shown and "x the plain model" in shown
+
+
+@pytest.mark.parametrize("pixels", [True, False])
+def test_figures_with_a_frozen_teacher(tmp_path, capsys, monkeypatch, pixels):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("connected"))
+    config, out = tmp_path / "toy.py", tmp_path / "figures.json"
+    config.write_text(FROZEN.replace("{pixels}", str(pixels)))
+    words = f"{config} --device cpu --device-batch 2 --steps 2 --json {out}"
+    run(words.split())
+    figures = json.loads(out.read_text())
+    assert {"forward", "teacher", "backward", "optimiser"} <= figures["parts"].keys()
+    assert figures["parts"]["teacher"] > 0
+    assert figures["ratio"] == figures["flops"] / figures["ceiling"]
+    assert "teacher" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--baseline knows pre-training on pixels without a frozen teacher"):
+        run([*words.split(), "--baseline"])
+
+
+def test_a_teacher_without_a_name_cannot_be_timed(tmp_path):
+    config = tmp_path / "toy.py"
+    config.write_text(FROZEN.replace("{pixels}", "False").replace("test_vit", ""))
+    with pytest.raises(UserError, match="must name a teacher"):
+        run([str(config), "--device", "cpu", "--device-batch", "2"])
 
 
 def test_kinds_of_operators():

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.ranks import taught
+from tests.engine.sharded import pretrain
+from tests.engine.test_fsdp import ONE
 from tests.engine.test_loop import metrics, same
 from tests.engine.toy import Toy, toy_train
 
@@ -14,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("two_ranks")
-    torchrun_toys(directory, 2, "resume", "compare", "diverge")
+    torchrun_toys(directory, 2, "resume", "compare", "diverge", "distill")
     return directory
 
 
@@ -52,6 +55,21 @@ def test_two_ranks_train_as_one_does(two_ranks: Path, tmp_path: Path) -> None:
     one, two = metrics(tmp_path), metrics(two_ranks / "plain")
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], abs=1e-6)
     assert [line["grad_norm"] for line in two] == pytest.approx([line["grad_norm"] for line in one], rel=1e-4)
+
+
+@pytest.mark.parametrize("device_batch", [2, 4])
+def test_two_ranks_distil_as_one_does(two_ranks: Path, tmp_path: Path, device_batch: int) -> None:
+    pretrain(tmp_path, ONE, taught(), device_batch=device_batch)
+    runs = (tmp_path, two_ranks / "taught", two_ranks / "taught_fsdp")
+    steps = [[line for line in metrics(run) if "loss" in line] for run in runs]
+    losses = [[line["loss"] for line in lines] for lines in steps]
+    assert len(losses[0]) == 12 and steps[0][-1]["fused"] < steps[0][0]["fused"]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    assert losses[2] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_resuming_distillation_on_two_ranks_is_exact(two_ranks: Path) -> None:
+    assert same(two_ranks / "taught", two_ranks / "taught_parts")
 
 
 def test_the_rank_that_diverged_is_named_on_all(two_ranks: Path) -> None:

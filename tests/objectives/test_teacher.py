@@ -12,15 +12,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from itpn.errors import UserError
-from itpn.objectives.teacher import (
-    CLIP,
-    Teacher,
-    TeacherConfig,
-    build_teacher,
-    from_openai,
-    from_timm,
-    outline,
-)
+from itpn.objectives.teacher import Teacher, TeacherConfig, build_teacher, outline
+from itpn.objectives.vision_transformers import CLIP, from_openai, from_timm
 
 REFERENCE = load_file(Path(__file__).parents[1] / "reference" / "clip_teacher.safetensors")
 STATE = {key.removeprefix("state."): x for key, x in REFERENCE.items() if key.startswith("state.")}

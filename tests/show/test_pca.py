@@ -45,6 +45,16 @@ def test_images_share_their_colours():
     assert torch.equal(colours[1, :, 0, 0], colours[0, :, 2, 3])
 
 
+def test_maps_in_the_colours_of_others():
+    maps, others = random_maps(2, 8, 4, 4), 5 * random_maps(3, 8, 4, 4).flip(0)
+    assert torch.equal(pca_colours(maps, fitted_to=maps), pca_colours(maps))
+    others[0, :, 1, 1] = maps[1, :, 2, 3]
+    painted = pca_colours(others, fitted_to=maps)
+    torch.testing.assert_close(painted[0, :, 1, 1], pca_colours(maps)[1, :, 2, 3])
+    assert torch.equal(painted[1:2], pca_colours(others[1:2], fitted_to=maps))  # whatever is beside it
+    assert (pca_colours(maps, fitted_to=torch.ones(1, 8, 2, 2)) == 0.5).all()
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e4])
 def test_constant_maps_are_grey(value: float):
     assert torch.equal(pca_colours(torch.full((2, 7, 3, 3), value)), torch.full((2, 3, 3, 3), 0.5))

@@ -3,7 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from itpn.show.reconstruction import reconstruction_picture
+from itpn.show.pca import pca_colours
+from itpn.show.reconstruction import distillation_picture, reconstruction_picture
 from itpn.show.sheet import GAP, MARGIN
 
 
@@ -84,3 +85,19 @@ def test_what_does_not_belong_together_is_refused():
         reconstruction_picture(images, images, images, [("p4", torch.zeros(1, 4, 2, 2))])
     with pytest.raises(ValueError, match="one per image"):
         reconstruction_picture(images, images, images, captions=["only one"])
+
+
+def test_student_and_teacher_share_colours_and_similarity_is_grey():
+    images = plain(0.2, 1, 64, 64)
+    target, prediction = torch.randn(2, 1, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    similarity = torch.linspace(-1, 1, 16).view(1, 1, 4, 4)
+    levels = [("p16", target)]
+    picture = distillation_picture(images, images, levels, target, prediction, similarity)
+    *_, taught, learned, grey = cells_of(picture, picture.height - MARGIN - 256, 256, 6)
+    for cell, colours in (
+        (taught, pca_colours(target)),
+        (learned, pca_colours(prediction, fitted_to=target)),
+        (grey, similarity.clamp(0, 1).expand(-1, 3, -1, -1)),
+    ):
+        shown = cell[32::64, 32::64].transpose(2, 0, 1)  # the middles of the 4 x 4 cells
+        assert (shown == (colours[0] * 255).round().numpy()).all()
