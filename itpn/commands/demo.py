@@ -1,4 +1,4 @@
-"""`itpn demo`: the sample, a nano iTPN pre-trained on it for minutes, and what came out."""
+"""`itpn demo`: the sample, a nano iTPN pre-trained on it for minutes, what came out, and a fine-tuning."""
 
 import json
 import shutil
@@ -11,21 +11,26 @@ from rich.table import Table
 from itpn.commands.arguments import parse
 from itpn.commands.reconstruct import run as reconstruct
 from itpn.data.sample_data import write_imagefolder
+from itpn.recipes.classify import Classify
 from itpn.recipes.lookup import find, load_as
 from itpn.recipes.pretrain import Pretrain
 from itpn.show.curves import read_metrics
+from itpn.tasks.classify import classify
 from itpn.tasks.pretrain import pretrain
 from itpn.weights import files
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Pre-train a nano iTPN on the bundled sample: pixels and features, some minutes on two CPU cores."""
+    """Pre-train a nano iTPN on the bundled sample, pixels and features, and fine-tune the weights that ship with
+    itpn beside a start from scratch: some minutes on two CPU cores."""
 
     directory: Path = Path("runs/demo")
     """Where the images and the run go. The same folder again shows its results; another one starts anew."""
     epochs: int | None = None
-    """Passes over the images; the config's own number if not given."""
+    """Passes over the images, for pre-training; the config's own number if not given."""
+    fine_epochs: int | None = None
+    """The same for each fine-tuning."""
 
 
 def run(arguments: list[str]) -> None:
@@ -45,6 +50,25 @@ def run(arguments: list[str]) -> None:
     reconstruct([str(files.NANO), str(data.root), "--out", str(longer), "--num", "6", "--device", "cpu"])
     show_results(finished)
     print(f"What more epochs bring, by the weights that ship with itpn: {longer}")
+    show_fine_tuning(options)
+
+
+def show_fine_tuning(options: Demo) -> None:
+    """The same short fine-tuning from the weights that ship with itpn, and from scratch."""
+    recipe = load_as(Classify, find("classify_demo"))
+    recipe = replace(recipe, data=replace(recipe.data, root=options.directory / "images"))
+    top1 = {}
+    for name, init in (("pre-trained", files.NANO), ("from-scratch", None)):
+        loop = replace(recipe.loop, run_dir=options.directory / name)
+        if options.fine_epochs:
+            loop = replace(loop, epochs=options.fine_epochs)
+        run = classify(replace(recipe, loop=loop, init=init))
+        top1[name] = json.loads((run / "report.json").read_text())["val_top1"]
+    print(
+        f"Fine-tuned for {loop.epochs} epochs: {top1['pre-trained']:.1%} of the validation images are right from "
+        f"the weights that ship with itpn, {top1['from-scratch']:.1%} from scratch. Look at "
+        f"{options.directory / 'pre-trained' / 'pictures' / 'confusion.png'}."
+    )
 
 
 def show_results(finished: Path) -> None:
