@@ -22,8 +22,8 @@ from itpn.weights import files
 
 @dataclass(frozen=True)
 class Demo:
-    """Pre-train a nano iTPN on the bundled sample, pixels and features, and fine-tune the weights that ship with
-    itpn beside a start from scratch: some minutes on two CPU cores."""
+    """Pre-train a nano iTPN on the bundled sample, pixels and features, and fine-tune the weights that ship
+    with itpn beside a start from scratch: some minutes on two CPU cores."""
 
     directory: Path = Path("runs/demo")
     """Where the images and the run go. The same folder again shows its results; another one starts anew."""
@@ -65,8 +65,8 @@ def show_fine_tuning(options: Demo) -> None:
         run = classify(replace(recipe, loop=loop, init=init))
         top1[name] = json.loads((run / "report.json").read_text())["val_top1"]
     print(
-        f"Fine-tuned for {loop.epochs} epochs: {top1['pre-trained']:.1%} of the validation images are right from "
-        f"the weights that ship with itpn, {top1['from-scratch']:.1%} from scratch. Look at "
+        f"Fine-tuned for {loop.epochs} epochs: {top1['pre-trained']:.1%} of the validation images are right "
+        f"from the weights that ship with itpn, {top1['from-scratch']:.1%} from scratch. Look at "
         f"{options.directory / 'pre-trained' / 'pictures' / 'confusion.png'}."
     )
 
