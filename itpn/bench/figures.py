@@ -27,6 +27,8 @@ class Figures:
     baseline_losses: list[float] | None
     kinds: dict[str, float] | None
     """Seconds by kind of work."""
+    baseline: str = "written plainly"
+    """What the model that it is compared with is called."""
 
     @property
     def images_per_s(self) -> float:
@@ -54,7 +56,7 @@ def show(figures: Figures, console: Console) -> None:
     )
     columns: list[tuple[str, dict[str, float]]] = [("itpn", figures.parts)]
     if figures.baseline_parts:
-        columns.append(("written plainly", figures.baseline_parts))
+        columns.append((figures.baseline, figures.baseline_parts))
     console.print(table("a step, median", columns))
     if figures.kinds:
         console.print(table("one step under the profiler", [("itpn", figures.kinds)]))

@@ -32,7 +32,7 @@ def test_figures(tmp_path, capsys, bench, passes):
     assert figures["flops_per_image"] == 2 * passes * macs
     assert figures["parts"]["step"] > 0
     assert "of the ceiling" in (printed := capsys.readouterr().out)
-    assert ("relative positions take" in printed) == (bench is infer)
+    assert ("relative positions add" in printed) == (bench is infer)
 
 
 def test_checkpointing_is_asked_for(tmp_path):
