@@ -1,6 +1,7 @@
 """Reading COCO's `instances_*.json`: a file that is wrong is an error, a bad annotation is left out."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from itpn.errors import UserError
 
 MAX_JSON_BYTES = 1 << 33
 """The longest file that is read; it takes about six times as much memory meanwhile."""
+
+MAX_OBJECTS = 10_000
+"""In an image; their masks are cut out together, a hundredth of a megabyte each."""
 
 MAX_SIDE = 1 << 31
 """Of an image, in pixels."""
@@ -57,6 +61,11 @@ def read_coco(file: Path, folder: Path) -> Coco:
     if entries and not used:
         reason = f"entry {findings[0].place} of 'annotations': {findings[0].reason}"
         raise UserError(f"{file}: no annotation can be used; {reason}; name an instances file")
+    most, count = Counter(found.image for found in used).most_common(1)[0] if used else (0, 0)
+    if count > MAX_OBJECTS:
+        raise UserError(
+            f"{file}: image {names[most]} has {count:,} annotations, more than the limit of {MAX_OBJECTS:,}"
+        )
     return Coco(
         root=folder,
         names=Names(names),

@@ -39,7 +39,7 @@ def objects_seen(coco: Coco, index: int, box: Box, size: Size, *, mirrored: bool
     regions = np.clip(
         np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1), corner, corner + extent
     )
-    boxes = (regions - corner) * scale
+    boxes = np.clip((regions - corner) * scale, 0, size[::-1] * 2)  # not a rounding beyond
     left_over = (boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all(1)
     numbers, regions, boxes = numbers[left_over], regions[left_over], boxes[left_over]
     masks = np.full((len(numbers), resolution, resolution), UNKNOWN, np.uint8)
