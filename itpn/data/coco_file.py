@@ -100,7 +100,9 @@ def _read_json(file: Path) -> Mapping[str, Any]:
         num_bytes = file.stat().st_size
         content = json.loads(file.read_bytes()) if num_bytes <= MAX_JSON_BYTES else None
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}; check its permissions") from error
+        raise UserError(
+            f"cannot read {file}: {error.strerror}; check the path and its permissions"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON: {error}; write or download it again") from error
     if num_bytes > MAX_JSON_BYTES:

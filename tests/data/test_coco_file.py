@@ -187,7 +187,7 @@ def test_a_wrong_file_is_an_error_that_names_it(tmp_path: Path, name: str) -> No
 
 
 def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="cannot read .*: Is a directory"):
+    with pytest.raises(UserError, match=r"cannot read .*: Is a directory"):
         read_coco(tmp_path, tmp_path)
     file = written(tmp_path, GOOD)
     monkeypatch.setattr("itpn.data.coco_file.MAX_JSON_BYTES", 100)

@@ -236,7 +236,7 @@ def test_splits_are_found_by_the_config(folder: Path, tmp_path: Path) -> None:
     assert (len(find_objects(own, "train")), len(find_objects(own, "val"))) == (19, 21)
     every = config(train_images=folder, train_annotations=file, empty_images=True)
     assert len(find_objects(every, "train")) == 21
-    with pytest.raises(UserError, match="there is no .*val2017"):
+    with pytest.raises(UserError, match=r"there is no .*val2017"):
         find_objects(config(root=tmp_path), "val")
     things = [thing(i, category_id=3 if i else 99) for i in range(10)]
     bad = written(tmp_path, content([(48, 64)], annotations=things))

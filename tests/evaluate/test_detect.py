@@ -61,7 +61,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Coco:
 
 
 def found(coco: Coco, seed: int) -> list[Result]:
-    """Objects moved, classes mistaken, scores with ties; also where there is nothing, and more than a hundred."""
+    """Objects moved, classes mistaken, scores with ties; also where nothing is, or more than a hundred."""
     rng = np.random.default_rng(seed)
     results = []
     for index in range(len(coco)):
@@ -192,7 +192,7 @@ def test_results_are_cocos_and_the_table_shows_them(scenes: Coco, tmp_path: Path
     assert set(first) == {"image_id", "category_id", "bbox", "score", "segmentation"}
     assert first["segmentation"]["size"] == list(scenes.size(0)) and len(first["bbox"]) == 4
     assert isinstance(first["segmentation"]["counts"], str)
-    with pytest.raises(UserError, match="cannot write .*: No such file"):
+    with pytest.raises(UserError, match=r"cannot write .*: No such file"):
         write_results(tmp_path / "none" / "results.json", results)
     scores = [average_precision(scenes, results, kind) for kind in KINDS]
     lines = table(scores).splitlines()
