@@ -1,12 +1,14 @@
 """Objects drawn on their image, and those found beside those that are there."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
+from itpn.data.coco import Coco
+from itpn.data.masks import drawn, runs_of_text
 from itpn.show.colours import Colour, class_colour
 from itpn.show.sheet import INK, PAPER, font, grid, shortened
 
@@ -34,6 +36,33 @@ class Shown(NamedTuple):
     """[H, W]"""
 
 
+def annotated(coco: Coco, index: int) -> list[Shown]:
+    """What an image's annotations say."""
+    objects, size = coco.objects, coco.size(index)
+    shown = []
+    for number in objects.of(index):
+        label, outline = int(objects.labels[number]), objects.outline(number)
+        x, y, width, height = objects.boxes[number].tolist()
+        name = coco.categories[label].name + " (crowd)" * bool(objects.crowd[number])
+        mask = None if outline is None else drawn(outline, size)
+        shown.append(Shown((x, y, x + width, y + height), label, name, mask=mask))
+    return shown
+
+
+def detected(coco: Coco, results: Iterable[Mapping[str, Any]], least_score: float = 0.5) -> list[Shown]:
+    """What COCO's results say of one image, without what has a lower score."""
+    labels = {category.id: label for label, category in enumerate(coco.categories)}
+    shown = []
+    for result in results:
+        if result["score"] >= least_score:
+            (x, y, width, height), label = result["bbox"], labels[result["category_id"]]
+            runs = result.get("segmentation")
+            mask = None if runs is None else drawn(runs_of_text(runs["counts"].encode()), tuple(runs["size"]))
+            name = coco.categories[label].name
+            shown.append(Shown((x, y, x + width, y + height), label, name, result["score"], mask))
+    return shown
+
+
 def objects_picture(image: Image.Image, objects: Sequence[Shown]) -> Image.Image:
     """The image with masks, boxes and names in the colours of the classes.
 
@@ -44,19 +73,19 @@ def objects_picture(image: Image.Image, objects: Sequence[Shown]) -> Image.Image
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     canvas = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     line = max(2, round(max(size) / 400))
-    drawn = [_scaled(shown, size, image.size) for shown in objects]
-    drawn.sort(key=lambda shown: -_area(shown.box))
-    for shown in drawn:
+    placed = [_scaled(shown, size, image.size) for shown in objects]
+    placed.sort(key=lambda shown: -_area(shown.box))
+    for shown in placed:
         if shown.mask is not None:
             _lay(canvas, shown.mask, class_colour(shown.label), line)
     draw = ImageDraw.Draw(canvas)
-    for shown in drawn:
+    for shown in placed:
         x1, y1, x2, y2 = _inside(shown.box, size)
         draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=INK)
         draw.rectangle((x1, y1, x2, y2), outline=class_colour(shown.label), width=line)
-    drawn.sort(key=lambda shown: -1.0 if shown.score is None else -shown.score)
+    placed.sort(key=lambda shown: -1.0 if shown.score is None else -shown.score)
     taken: list[Box] = []
-    for shown in drawn:
+    for shown in placed:
         taken.append(_label(draw, shown, size, line, taken))
     return canvas
 

@@ -1,9 +1,14 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from itpn.data.coco_file import read_coco
+from itpn.data.masks import compressed, run_lengths
 from itpn.show.colours import class_colour
-from itpn.show.detect import SIDES, Shown, comparison_picture, objects_picture
+from itpn.show.detect import SIDES, Shown, annotated, comparison_picture, detected, objects_picture
+from tests.data.coco import content, thing, written
 
 GREY = (90, 90, 90)
 
@@ -79,6 +84,26 @@ def test_found_objects_beside_those_that_are_there() -> None:
         comparison_picture([grey(9, 9)] * 2, [[]], [[], []])
     with pytest.raises(ValueError, match="0 images"):
         comparison_picture([], [], [])
+
+
+def test_annotations_and_results_can_be_shown(tmp_path: Path) -> None:
+    things = [thing(1), thing(2, iscrowd=1, category_id=7), thing(3, segmentation=[])]
+    coco = read_coco(written(tmp_path, content([(48, 64)], annotations=things)), tmp_path)
+    shown = annotated(coco, 0)
+    assert [(one.name, one.label, one.box) for one in shown] == [
+        ("cat", 0, (10, 10, 30, 40)),
+        ("dog (crowd)", 1, (10, 10, 30, 40)),
+        ("cat", 0, (10, 10, 30, 40)),
+    ]
+    assert shown[0].mask is not None and shown[0].mask.sum() == 300 and shown[2].mask is None
+    runs = {"size": [48, 64], "counts": compressed(run_lengths(shown[0].mask)).decode()}
+    result = {"image_id": 1, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 0.75, "segmentation": runs}
+    (found,) = detected(coco, [result, {**result, "score": 0.4}])
+    assert found.box == (1, 2, 4, 6) and found.name == "dog" and found.score == 0.75
+    assert found.mask is not None and np.array_equal(found.mask, shown[0].mask)
+    del result["segmentation"]
+    assert detected(coco, [result], 0.1)[0].mask is None
+    objects_picture(grey(64, 48), [*shown, found])
 
 
 def test_the_first_classes_have_colours_of_their_own() -> None:
