@@ -48,16 +48,16 @@ class MultiScale:
     def __post_init__(self) -> None:
         for name in ("flip", "crop"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"scale.{name} is {getattr(self, name)}; it is a probability, in [0, 1]")
+                raise UserError(f"data.scale.{name} is {getattr(self, name)}; it is a probability, in [0, 1]")
         for name in ("short_sides", "crop_short_sides"):
             sides = getattr(self, name)
             if not sides or min(sides) < 1:
-                raise UserError(f"scale.{name} is {sides}; it takes one or more lengths in pixels")
+                raise UserError(f"data.scale.{name} is {sides}; it takes one or more lengths in pixels")
         if not 1 <= self.crop_sides[0] <= self.crop_sides[1]:
-            raise UserError(f"scale.crop_sides is {self.crop_sides}; the least side comes first")
+            raise UserError(f"data.scale.crop_sides is {self.crop_sides}; the least side comes first")
         for name in ("max_side", "eval_short_side", "num_short_sides"):
             if getattr(self, name) < 1:
-                raise UserError(f"scale.{name} is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"data.scale.{name} is {getattr(self, name)}; it must be at least 1")
 
 
 class Views(NamedTuple):
