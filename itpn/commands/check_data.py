@@ -1,10 +1,10 @@
-"""`itpn check-data DIR`: reads all images and labels as training would, and lists what cannot be used."""
+"""`itpn check-data DIR`: reads images, labels and annotations as training would, and lists what is bad."""
 
 import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,11 @@ from itpn.commands.arguments import parse
 from itpn.data.check import Tally
 from itpn.data.check_labels import LabelTally
 from itpn.data.check_labels import summary as label_summary
-from itpn.data.images import find_images, split_folder
+from itpn.data.check_objects import described
+from itpn.data.check_objects import summary as objects_summary
+from itpn.data.coco import Coco, Finding
+from itpn.data.coco_file import find_coco, read_coco
+from itpn.data.images import Split, find_images, split_folder
 from itpn.data.labelled import IGNORED, NAMES, LabelledImages
 from itpn.data.labels import MAX_CLASSES
 from itpn.data.loader import DataConfig, default_workers
@@ -30,23 +34,24 @@ from itpn.errors import UserError, printable
 
 @dataclass(frozen=True)
 class CheckData:
-    """Decode every image of a data set, and its labels, name those that cannot be used, and sum up the
-    others.
+    """Decode every image of a data set, check its labels or annotations, name what cannot be used, and sum up
+    the rest.
 
     The exit status is 0 if all can be used, else 1.
     """
 
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder of images, searched as --data.root is: train, and val if there is one."""
-    format: Literal["images", "ade20k", "masks"] = "images"
+    format: Literal["images", "ade20k", "masks", "coco"] = "images"
     """What is there: images; images with a label for every pixel, laid out as ADE20K; or images/train beside
-    labels/train (masks)."""
+    labels/train (masks); images with objects, laid out as COCO."""
     list: Path | None = None
     """Text file with one image path a line, as --data.list takes it; replaces the search."""
     workers: int | None = None
     """Processes that decode; as many as there are cores, up to 16, if not given."""
     out: Path | None = None
-    """Write the unreadable images to this file, one JSON object a line: split, file, reason."""
+    """Write what cannot be used to this file, one JSON object a line: split, file, reason; for an annotation
+    split, place, annotation, image, reason, left_out."""
     image_size: int = 224
     """Images with a side shorter than this are counted; training enlarges them."""
     num_classes: int | None = None
@@ -57,6 +62,8 @@ class CheckData:
     """Of masks: the number that marks pixels without a label."""
     zero_is_no_label: bool = False
     """Of masks: 0 marks pixels without a label, and the classes count from 1."""
+    annotations: Path | None = None
+    """Of COCO: an instances file, of which DIR holds the images; replaces the search."""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
@@ -65,6 +72,8 @@ class CheckData:
             raise UserError(f"--image-size is {self.image_size}; it is a number of pixels, 1 or more")
         if self.list and self.format != "images":
             raise UserError(f"--list names images without labels; it does not go with --format {self.format}")
+        if self.annotations and self.format != "coco":
+            raise UserError("--annotations goes with --format coco")
 
 
 def run(arguments: list[str]) -> None:
@@ -78,12 +87,14 @@ def run(arguments: list[str]) -> None:
         print("\n".join([f"{split}:", *(f"  {line}" for line in summary(tally, options.image_size))]))
     if len(tallies) == 2:
         print(shared(*tallies.values()))
-    if any(tally.bad or tally.unpaired for tally in tallies.values()):
+    if any(tally.bad or tally.unpaired or _left_out(tally.images) for tally in tallies.values()):
         raise SystemExit(1)
 
 
 def images_of(options: CheckData) -> dict[str, Images]:
     """What training and evaluation would find, by split."""
+    if options.format == "coco":
+        return coco_of(options)
     if options.format != "images":
         data = labelled(options)
         found: dict[str, Images] = {"train": find_labelled(data, "train")}
@@ -91,6 +102,14 @@ def images_of(options: CheckData) -> dict[str, Images]:
     if options.list or not split_folder(options.directory, "val"):
         return {"train": find_images(options.directory, "train", options.list)}
     return {split: find_images(options.directory, split) for split in ("train", "val")}
+
+
+def coco_of(options: CheckData) -> dict[str, Images]:
+    if options.annotations:
+        return {"train": read_coco(options.annotations, options.directory)}
+    has_val = (options.directory / "val2017").is_dir()
+    splits: tuple[Split, ...] = ("train", "val") if has_val else ("train",)
+    return {split: find_coco(options.directory, split) for split in splits}
 
 
 def tally_of(images: Images) -> Tally:
@@ -120,6 +139,10 @@ def read_all(tallies: Mapping[str, Tally], num_workers: int, out: Path | None) -
         console = Console(stderr=True, soft_wrap=True)
         bar = stack.enter_context(_bar(console))
         for split, tally in tallies.items():
+            for finding in _findings(tally.images):
+                print(printable(described(finding)))
+                if file:
+                    print(json.dumps({"split": split, **finding._asdict()}), file=file)
             task = bar.add_task(split, total=len(tally.images))
             for alone in tally.unpaired:
                 tell(split, alone.path, alone.reason, file)
@@ -135,6 +158,14 @@ def tell(split: str, name: Path, reason: str, file: TextIO | None) -> None:
     print(f"{printable(name)}: {printable(reason)}")
     if file:
         print(json.dumps({"split": split, "file": str(name), "reason": reason}), file=file, flush=True)
+
+
+def _findings(images: Images) -> Sequence[Finding]:
+    return images.findings if isinstance(images, Coco) else ()
+
+
+def _left_out(images: Images) -> bool:
+    return any(finding.left_out for finding in _findings(images))
 
 
 def _created(path: Path) -> TextIO:
@@ -162,7 +193,7 @@ def summary(tally: Tally, image_size: int) -> Iterator[str]:
         yield f"{len(tally.unpaired):,} files without a partner"
     if sizes := tally.sizes():
         yield "width x height: smallest {}, median {}, largest {}".format(*sizes)
-    if smaller := tally.num_smaller(image_size):
+    if not isinstance(tally.images, Coco) and (smaller := tally.num_smaller(image_size)):
         yield f"with a side shorter than {image_size} pixels: {smaller:,}"
     if tally.formats:
         yield "formats: " + ", ".join(f"{count:,} {kind}" for kind, count in tally.formats.most_common())
@@ -178,6 +209,8 @@ def summary(tally: Tally, image_size: int) -> Iterator[str]:
         yield f"exact copies of others: {copies:,}"
     if isinstance(tally, LabelTally):
         yield from label_summary(tally)
+    if isinstance(tally.images, Coco):
+        yield from objects_summary(tally.images)
 
 
 def _bad(tally: Tally) -> Iterator[str]:

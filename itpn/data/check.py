@@ -125,6 +125,7 @@ def look(images: Images, index: int) -> Look | str:
         data = images.read(index)
         with open_bytes(data, images.name(index)) as picture:
             width, height = picture.decode().size
+            images.check_size(index, (height, width))
     except BadImageError as error:
         return error.reason
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:

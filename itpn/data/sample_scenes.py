@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from itpn.data.masks import run_lengths
 from itpn.data.sample_cutouts import Cutout, Mask, is_dark, opaque, paste, picture, random_corner, resized
 from itpn.data.textures import PATTERNS, STUFF, Array, Shape, noise, paint, shade
 
@@ -81,7 +82,7 @@ def coco_annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[st
             "iscrowd": 0,
             "area": int(thing.mask.sum()),
             "bbox": bounding_box(thing.mask),
-            "segmentation": {"size": list(thing.mask.shape), "counts": run_lengths(thing.mask)},
+            "segmentation": {"size": list(thing.mask.shape), "counts": run_lengths(thing.mask).tolist()},
         }
         for i, thing in enumerate(scene.things)
     ]
@@ -92,14 +93,6 @@ def bounding_box(mask: Mask) -> list[int]:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     x, y = int(columns[0]), int(rows[0])
     return [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1]
-
-
-def run_lengths(mask: Mask) -> list[int]:
-    """COCO's uncompressed run lengths: down the columns, beginning with the pixels outside the mask."""
-    flat = mask.ravel(order="F")
-    starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1, [flat.size]])
-    runs = [int(run) for run in np.diff(starts)]
-    return [0, *runs] if flat[0] else runs
 
 
 def ade20k_labels(scene: Scene, num_things: int) -> NDArray[np.uint8]:

@@ -15,25 +15,39 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from itpn.data.picture import Picture
+from itpn.data.picture import Picture, Size
 from itpn.data.randomness import generator
 from itpn.errors import UserError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 
 
-class Names:
-    """Millions of file names in one array of bytes, which forked workers share without copying.
+class Blobs:
+    """Millions of short byte strings in one array, which forked workers share without copying.
 
     Attributes:
-        characters: All names, one after the other, uint8.
+        characters: All of them, one after the other, uint8.
         ends: Where each of them ends, int64 [n].
     """
 
+    def __init__(self, blobs: Sequence[bytes] = ()) -> None:
+        self.characters: NDArray[Any] = np.frombuffer(b"".join(blobs), dtype=np.uint8)
+        self.ends: NDArray[Any] = np.fromiter(accumulate(map(len, blobs)), np.int64, len(blobs))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def blob(self, index: int) -> bytes:
+        index = range(len(self))[index]
+        start = self.ends[index - 1] if index else 0
+        return self.characters[start : self.ends[index]].tobytes()
+
+
+class Names(Blobs):
+    """File names, which may hold bytes that are no text."""
+
     def __init__(self, names: Sequence[str] = ()) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self.characters: NDArray[Any] = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self.ends: NDArray[Any] = np.fromiter(accumulate(map(len, encoded)), np.int64, len(encoded))
+        super().__init__([os.fsencode(name) for name in names])
 
     @classmethod
     def packed(cls, characters: NDArray[Any], ends: NDArray[Any]) -> "Names":
@@ -41,13 +55,8 @@ class Names:
         names.characters, names.ends = characters, ends
         return names
 
-    def __len__(self) -> int:
-        return len(self.ends)
-
     def __getitem__(self, index: int) -> str:
-        index = range(len(self))[index]
-        start = self.ends[index - 1] if index else 0
-        return os.fsdecode(self.characters[start : self.ends[index]].tobytes())
+        return os.fsdecode(self.blob(index))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,6 +85,10 @@ class Images(ABC):
     @abstractmethod
     def open(self, index: int) -> AbstractContextManager[Picture]:
         """Raises BadImageError, as do the methods of the picture."""
+
+    def check_size(self, index: int, size: Size) -> None:
+        """Raises BadImageError if the data set says that an image has another size; most say nothing."""
+        return
 
     @abstractmethod
     def read(self, index: int) -> bytes:
@@ -124,6 +137,9 @@ class Subset(Images):
 
     def open(self, index: int) -> AbstractContextManager[Picture]:
         return self.whole.open(int(self.indices[index]))
+
+    def check_size(self, index: int, size: Size) -> None:
+        self.whole.check_size(int(self.indices[index]), size)
 
     def read(self, index: int) -> bytes:
         return self.whole.read(int(self.indices[index]))

@@ -57,7 +57,7 @@ class World:
         padded[: len(text)] = text
         rows = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(rows, padded, group=self.control)
-        return [json.loads(bytes(row.tolist())) for row in rows]
+        return [json.loads(row.numpy().tobytes()) for row in rows]
 
     def largest(self, *numbers: float) -> list[float]:
         """Each number's maximum over the ranks, so that all decide alike."""

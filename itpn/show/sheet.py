@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +47,7 @@ def grid(
     headings: Sequence[tuple[str, str]] = (),
     captions: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
-    """Pastes rows of images in cells as large as the largest of them, each just above its caption.
+    """Pastes rows of images in cells as wide as the widest of them, each just above its caption.
 
     Args:
         rows: images as they shall appear; nothing is scaled.
@@ -54,27 +55,27 @@ def grid(
         captions: per row, texts that share the row's width equally. A text that does not fit ends in "…".
     """
     cell_width = max(image.width for row in rows for image in row)
-    cell_height = max(image.height for row in rows for image in row)
+    heights = [max(image.height for image in row) for row in rows]
     columns = max(len(row) for row in rows)
     width = columns * (cell_width + GAP) - GAP
     top = MARGIN + (TITLE_SIZE + TEXT_SIZE + 16 if headings else 0)
-    pitch = cell_height + GAP + (TEXT_SIZE + 10 if captions else 0)
-    paper = Image.new("RGB", (width + 2 * MARGIN, top + len(rows) * pitch - GAP + MARGIN), PAPER)
+    space = GAP + (TEXT_SIZE + 10 if captions else 0)
+    bottoms = [top + end + index * space for index, end in enumerate(accumulate(heights))]
+    paper = Image.new("RGB", (width + 2 * MARGIN, bottoms[-1] + space - GAP + MARGIN), PAPER)
     draw = ImageDraw.Draw(paper)
 
     for column, (name, note) in enumerate(headings):
         x = MARGIN + column * (cell_width + GAP)
         write(draw, (x, MARGIN), name, cell_width, bold=True)
         write(draw, (x, MARGIN + TITLE_SIZE + 5), note, cell_width)
-    for index, row in enumerate(rows):
-        y = top + index * pitch
+    for index, (row, bottom) in enumerate(zip(rows, bottoms, strict=True)):
         for column, image in enumerate(row):
             x = MARGIN + column * (cell_width + GAP)
-            paper.paste(image, (x, y + cell_height - image.height))
+            paper.paste(image, (x, bottom - image.height))
         texts = captions[index] if captions else ()
         for slot, text in enumerate(texts):
             share = (width + GAP) // len(texts)
-            write(draw, (MARGIN + slot * share, y + cell_height + 4), text, share - GAP)
+            write(draw, (MARGIN + slot * share, bottom + 4), text, share - GAP)
     return paper
 
 
@@ -99,18 +100,24 @@ def write(
 
     What is wider than `width` ends in "…".
     """
-    font = _font(bold)
+    face = font(bold)
     # File names may hold line breaks and bytes that are no text.
     text = " ".join(text.encode(errors="replace").decode().split())
-    if font.getlength(text) > width:
-        cuts = (text[:length] + "…" for length in range(width))
-        text = max((cut for cut in cuts if font.getlength(cut) <= width), key=len, default="")
-    draw.text(at, text, fill=colour or (INK if bold else FAINT), font=font, anchor=anchor)
+    shown = shortened(text, face, width)
+    draw.text(at, shown, fill=colour or (INK if bold else FAINT), font=face, anchor=anchor)
+
+
+def shortened(text: str, face: ImageFont.FreeTypeFont, width: float) -> str:
+    """The text, or as much of it as fits and "…"."""
+    if face.getlength(text) <= width:
+        return text
+    cuts = (text[:length] + "…" for length in range(min(len(text), int(width))))
+    return max((cut for cut in cuts if face.getlength(cut) <= width), key=len, default="")
 
 
 @cache
-def _font(bold: bool) -> ImageFont.FreeTypeFont:
+def font(bold: bool, size: int | None = None) -> ImageFont.FreeTypeFont:
     """The font that the curves have as well; it ships with matplotlib."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", name)
-    return ImageFont.truetype(str(path), TITLE_SIZE if bold else TEXT_SIZE)
+    return ImageFont.truetype(str(path), size or (TITLE_SIZE if bold else TEXT_SIZE))

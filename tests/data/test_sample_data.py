@@ -11,7 +11,6 @@ from pycocotools.coco import COCO
 from itpn.commands import sample_data as command
 from itpn.data.sample_cutouts import SAMPLE, index, load_cutouts
 from itpn.data.sample_data import write_imagefolder, write_sample
-from itpn.data.sample_scenes import run_lengths
 from itpn.data.textures import PATTERNS, STUFF, paint
 from itpn.errors import UserError
 
@@ -155,11 +154,6 @@ def test_textures_stay_in_range_and_are_nowhere_flat(name):
         assert pixels.max() <= 1
         patches = pixels.reshape(4, 16, 5, 16, 3).transpose(0, 2, 1, 3, 4).reshape(20, -1, 3)
         assert patches.std(1).max(-1).min() > 0.003
-
-
-def test_run_lengths_begin_outside_and_go_down_the_columns():
-    assert run_lengths(np.array([[True, False, True], [True, False, False]])) == [0, 2, 2, 1, 1]
-    assert run_lengths(np.zeros((2, 2), bool)) == [4]
 
 
 def test_a_file_in_the_way_is_a_user_error(tmp_path):

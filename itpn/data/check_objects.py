@@ -1,0 +1,66 @@
+"""What a data set's annotations are like, in lines to print."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from itpn.data.coco import Coco, Finding
+from itpn.errors import printable
+
+SMALL, MEDIUM = 32**2, 96**2
+"""Areas in pixels at which COCO's small objects end and its large ones begin."""
+
+
+def described(finding: Finding) -> str:
+    """In one line."""
+    name = (
+        f"annotation {finding.annotation}"
+        if finding.annotation
+        else f"entry {finding.place} of 'annotations'"
+    )
+    where = f" ({finding.image})" if finding.image else ""
+    return f"{name}{where}: {finding.reason}; {'left out' if finding.left_out else 'kept'}"
+
+
+def summary(coco: Coco) -> Iterator[str]:
+    objects = coco.objects
+    single = ~objects.crowd
+    yield f"{int(single.sum()):,} objects and {int(objects.crowd.sum()):,} crowds"
+    if single.any():
+        counts = objects.counts()
+        yield (
+            f"objects in an image: median {int(np.median(counts)):,}, at most {counts.max():,}; "
+            f"none in {int((counts == 0).sum()):,} images"
+        )
+        areas = objects.areas[single]
+        small, medium = int((areas < SMALL).sum()), int((areas < MEDIUM).sum())
+        yield f"small {small:,}, medium {medium - small:,}, large {len(areas) - medium:,}"
+        by_class = np.bincount(objects.labels[single], minlength=len(coco.categories))
+        (fewest, smallest), *_, (most, largest) = (
+            sorted(zip(by_class.tolist(), coco.categories, strict=True)) * 2
+        )
+        yield (
+            f"{len(coco.categories):,} classes of {fewest:,} ({printable(smallest.name)}) "
+            f"to {most:,} ({printable(largest.name)}) objects"
+        )
+        num_masks = int((np.diff(objects.masks.ends, prepend=0)[single] > 0).sum())
+        if num_masks < len(areas):
+            yield f"without a mask: {len(areas) - num_masks:,}"
+    for left_out, what in (
+        (True, "annotations cannot be used and are left out"),
+        (False, "odd ones are kept"),
+    ):
+        yield from _alike([finding.reason for finding in coco.findings if finding.left_out == left_out], what)
+
+
+def _alike(reasons: Sequence[str], what: str) -> Iterator[str]:
+    """The most frequent reasons first, numbers and quotations aside."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for reason in reasons:
+        kinds[re.sub(r"-?\d[\d,.e+-]*|'[^']*'?|\[[^\]]*\]?", "…", reason)].append(reason)
+    if kinds:
+        yield f"{len(reasons):,} {what}:"
+    for kind, some in sorted(kinds.items(), key=lambda item: -len(item[1])):
+        yield f"  {len(some):,} {printable(some[0] if len({*some}) == 1 else kind)}"
