@@ -13,7 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Annotated
 
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 from PIL import Image
 
 from itpn.data.images import find_images
@@ -31,12 +32,15 @@ from itpn.evaluate.knn import KnnConfig
 from itpn.nn.depth import LayerDecayConfig
 from itpn.objectives.distill import DistillConfig
 from itpn.recipes import classify, pretrain
+from itpn.show.curves import COLOURS, read_metrics
+from itpn.show.sheet import FAINT
 
 EPOCHS = {"pixel": 80, "mae": 80, "mfm": 48, "noise": 80, "distilled": 16}
 """Of pre-training: about as long for each, as stage `speed` measures."""
 ARMS = ("scratch", *EPOCHS)
 FOLLOWED = ("pixel", "distilled")
 """Arms that are also fine-tuned from the weights after half of their epochs."""
+TEACHER_EPOCHS = 60
 SEEDS = range(5)
 RATES = (3e-4, 1e-3, 3e-3)
 FINE_EPOCHS = 12
@@ -90,11 +94,20 @@ def write_noise(folder: Path, count: int, side: int = 96) -> None:
 
 
 def train_teacher(given: Arguments) -> None:
-    path = given.out / "teacher.safetensors"
-    if not path.is_file():
-        tool = Path(__file__).with_name("train_teacher.py")
-        command = [sys.executable, str(tool), "--root", str(given.images), "--out", str(path)]
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if not (given.out / "teacher.safetensors").is_file():
+        print(teacher(given.out / "teacher.safetensors", TEACHER_EPOCHS, given))
+
+
+def teacher(path: Path, epochs: int, given: Arguments) -> dict[str, float]:
+    """Trains one; its top-1 on the validation images, and minutes."""
+    tool = Path(__file__).with_name("train_teacher.py")
+    options = {"--root": given.images, "--out": path, "--epochs": epochs}
+    command = [sys.executable, str(tool), *(str(word) for pair in options.items() for word in pair)]
+    done = subprocess.run(
+        command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def pretraining(arm: str, seed: int, given: Arguments) -> pretrain.Pretrain:
@@ -213,8 +226,9 @@ def top1(recipe: classify.Classify) -> float:
 
 
 def measure_speed(given: Arguments) -> None:
-    """Minutes of each arm's pre-training, one run at a time, from 60 steps of it."""
-    minutes = {}
+    """Minutes of each arm's pre-training and of the teacher's, one at a time, from 60 steps of each."""
+    short = teacher(given.out / "speed" / "teacher.safetensors", 3, given)
+    minutes = {"teacher": short["minutes"] * TEACHER_EPOCHS / 3}
     for arm in (arm for arm in given.arms if arm != "scratch"):
         recipe = pretraining(arm, 0, given)
         directory = given.out / "speed" / arm
@@ -244,14 +258,63 @@ def report(given: Arguments) -> None:
         ]
         listed = ", ".join(f"{value:.1%}" for value in values)
         mean = f"{statistics.mean(values):.1%}"
+        if arm in FOLLOWED:
+            mean += f" (after half of the epochs {statistics.mean(halfway_of(arm, given)):.1%})"
         print(f"| {arm} | {best_rate(arm, given):g} | {listed} | {mean} | {' | '.join(against)} |")
+
+    draw(accuracies, given)
+
+
+def draw(accuracies: Mapping[str, Sequence[float]], given: Arguments) -> None:
+    """k-NN while pre-training and accuracy once fine-tuned, against minutes that count the teacher's own."""
+    minutes = json.loads((given.out / "minutes.json").read_text())
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for colour, arm in zip(COLOURS, [arm for arm in given.arms if arm != "scratch"], strict=False):
+        start = minutes["teacher"] if arm == "distilled" else 0
+        runs = [read_metrics(given.out / f"{arm}-s{seed}" / "metrics.jsonl") for seed in SEEDS]
+        values = np.array([[100 * v["knn_top1"] for v in run.values() if "knn_top1" in v] for run in runs])
+        places = start + minutes[arm] * np.linspace(0, 1, values.shape[1])
+        left.plot(places, values.mean(0), color=colour, label=arm)
+        left.fill_between(places, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+        points = {1.0: accuracies[arm]}
+        if arm in FOLLOWED:
+            points[0.5] = halfway_of(arm, given)
+        for share, found in points.items():
+            place = start + share * minutes[arm]
+            right.errorbar(
+                place, 100 * statistics.mean(found), 100 * half_width(found),
+                color=colour, marker="o", capsize=3, label=arm if share == 1 else None,
+            )  # fmt: skip
+    if "scratch" in accuracies:
+        right.axhline(100 * statistics.mean(accuracies["scratch"]), color=FAINT, label="from scratch")
+    left.set(title="k-NN, range over five seeds", ylabel="top-1 in %")
+    right.set(title="fine-tuned, 95 % interval of the mean", ylabel="top-1 in %")
+    for panel in (left, right):
+        panel.set_xlabel("minutes of pre-training on one core, the teacher's included")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False)
+    given.picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(given.picture, dpi=150)
+    print(given.picture)
+
+
+def halfway_of(arm: str, given: Arguments) -> list[float]:
+    """Accuracies once fine-tuned from the weights after half of the epochs, by seed."""
+    rate = best_rate(arm, given)
+    return [top1(fine_tuning(arm, seed, rate, given, epoch=EPOCHS[arm] // 2)) for seed in SEEDS]
 
 
 def difference(values: Sequence[float], others: Sequence[float]) -> str:
     """Mean of the seeds' differences, in points, with its 95 % interval."""
     pairs = [100 * (value - other) for value, other in zip(values, others, strict=True)]
-    mean, error = statistics.mean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs))
-    return f"{mean:+.1f} ± {T_95 * error:.1f}"
+    mean = statistics.mean(pairs)
+    return f"{mean:+.1f} ± {half_width(pairs):.1f}"
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of a mean of five."""
+    return T_95 * statistics.stdev(values) / math.sqrt(len(values))
 
 
 STAGES: dict[str, Callable[[Arguments], None]] = {

@@ -5,6 +5,7 @@
 where no weights can be downloaded: like CLIP it has seen what the images are called.
 """
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def main() -> None:
             right += int((model(normalise(batch["images"])).argmax(1) == batch["labels"]).sum())
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, arguments.out)
-    print(f"{arguments.out}: top-1 {right / len(val):.1%} on validation images, {seconds / 60:.1f} minutes")
+    print(json.dumps({"top1": right / len(val), "epochs": arguments.epochs, "minutes": seconds / 60}))
 
 
 if __name__ == "__main__":
