@@ -43,7 +43,7 @@ FOLLOWED = ("pixel", "distilled")
 TEACHER_EPOCHS = 60
 SEEDS = range(5)
 RATES = (3e-4, 1e-3, 3e-3)
-FINE_EPOCHS = 12
+FINE_EPOCHS = 8
 T_95 = 2.776
 """Half the width of a 95 % interval over standard errors, of five differences (Student's t, 4 degrees)."""
 
