@@ -3,28 +3,23 @@
 import json
 import statistics
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 from rich.console import Console
 from rich.progress import track
 
 from itpn.bench.figures import Figures, show
-from itpn.bench.pretrain import BATCH, PRODUCTS, WARM_UP, peak_memory
+from itpn.bench.pretrain import BATCH, PRODUCTS, WARM_UP, Options, peak_memory
 from itpn.commands.arguments import parse
 from itpn.engine.clock import Clock
-from itpn.engine.distributed import DeviceName, choose_device
+from itpn.engine.distributed import choose_device
 from itpn.engine.numerics import (
-    Precision,
     ceiling_matrix,
     choose_precision,
     product_flops,
     product_seconds,
     set_numerics,
 )
-from itpn.errors import UserError
 from itpn.heads.classify import Classifier
 from itpn.heads.finetune import forward_flops
 from itpn.nn.hivit import HiViT
@@ -33,27 +28,8 @@ from itpn.recipes.lookup import find, load_as
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(Options):
     """Time a classifier's forward pass on random images: images per second, share of the ceiling, memory."""
-
-    name: Annotated[str, tyro.conf.Positional]
-    """A config that fine-tunes, as `itpn train` takes it."""
-    device_batch: int | None = None
-    """Images at a time. Default: 16 on a CPU, 256 on CUDA."""
-    steps: int = 10
-    """Passes to time, after two to warm up; medians are shown."""
-    precision: Precision = "auto"
-    """auto is bf16 (fp16 on older GPUs) on CUDA, fp32 elsewhere."""
-    device: DeviceName = "auto"
-    """Where to run."""
-    compile: bool = False
-    """Compile each block with torch.compile."""
-    json: Path | None = None
-    """Where to write the figures."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or (self.device_batch is not None and self.device_batch < 1):
-            raise UserError("--steps and --device-batch must be at least 1")
 
 
 def run(arguments: list[str]) -> None:

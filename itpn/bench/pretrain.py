@@ -47,16 +47,11 @@ Objective = PixelObjective | DistillObjective | ClassifyObjective
 
 
 @dataclass(frozen=True)
-class Bench:
-    """Time the training step of a config on random images: its parts, FLOP/s, and share of the ceiling.
-
-    A frozen teacher has random weights; nothing is downloaded.
-    """
-
+class Options:
     name: Annotated[str, tyro.conf.Positional]
     """A config, as `itpn train` takes it."""
     device_batch: int | None = None
-    """Images per step. Default: 16 on a CPU, 256 on CUDA."""
+    """Images at a time. Default: 16 on a CPU, 256 on CUDA."""
     steps: int = 10
     """Steps to time, after two to warm up; medians are shown."""
     precision: Precision = "auto"
@@ -65,6 +60,21 @@ class Bench:
     """Where to run."""
     compile: bool = False
     """Compile each block with torch.compile."""
+    json: Path | None = None
+    """Where to write the figures."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or (self.device_batch is not None and self.device_batch < 1):
+            raise UserError("--steps and --device-batch must be at least 1")
+
+
+@dataclass(frozen=True)
+class Bench(Options):
+    """Time the training step of a config on random images: its parts, FLOP/s, and share of the ceiling.
+
+    A frozen teacher has random weights; nothing is downloaded.
+    """
+
     checkpointing: bool = False
     """Keep only the inputs of the backbone's blocks, and compute the rest again in the backward pass."""
     baseline: bool = False
@@ -72,12 +82,6 @@ class Bench:
     teacher."""
     profile: bool = False
     """Show the time of one more step by kind of work."""
-    json: Path | None = None
-    """Where to write the figures."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or (self.device_batch is not None and self.device_batch < 1):
-            raise UserError("--steps and --device-batch must be at least 1")
 
 
 def run(arguments: list[str]) -> None:
