@@ -180,7 +180,7 @@ def run_one(recipe: pretrain.Pretrain | classify.Classify) -> None:
     directory = recipe.loop.run_dir
     assert directory is not None
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with directory.with_suffix(".log").open("w") as log:
+    with directory.with_name(f"{directory.name}.log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         if isinstance(recipe, pretrain.Pretrain):
