@@ -137,9 +137,9 @@ def test_evaluations_at_the_start_and_after_epochs_are_logged_once(tmp_path: Pat
         return {"score": epoch + step / 100, "view": Image.new("RGB", (4, 3), (10 * epoch, 0, 0))}
 
     toy = Toy()
-    toy_train(tmp_path, toy=toy, at_epoch_end=[evaluate], max_steps=6)
+    toy_train(tmp_path, toy=toy, interludes=[evaluate], max_steps=6)
     assert toy.training
-    toy_train(tmp_path, at_epoch_end=[evaluate])
+    toy_train(tmp_path, interludes=[evaluate])
     assert [line["score"] for line in metrics(tmp_path) if "score" in line] == [0, 1.04, 2.08]
     views = sorted((tmp_path / "pictures").iterdir())
     assert [path.name for path in views] == ["view-0000.png", "view-0001.png", "view-0002.png"]
@@ -155,8 +155,8 @@ def test_a_start_that_left_no_checkpoint_is_forgotten(tmp_path: Path) -> None:
         return {"score": float(epoch)}
 
     with pytest.raises(RuntimeError):
-        toy_train(tmp_path, at_epoch_end=[crash])
-    toy_train(tmp_path, at_epoch_end=[lambda epoch, step: {"score": float(epoch)}])
+        toy_train(tmp_path, interludes=[crash])
+    toy_train(tmp_path, interludes=[lambda epoch, step: {"score": float(epoch)}])
     assert [line["score"] for line in metrics(tmp_path) if "score" in line] == [0, 1, 2]
 
 
