@@ -30,8 +30,7 @@ def segment(model: SegmenterModel, options: Predict) -> None:
     """Pictures, label PNGs, and a table of what there is most of."""
     if options.embeddings or options.image_size:
         raise UserError(
-            f"{options.model} labels pixels: --embeddings and --image-size are for other models; its backbone "
-            "alone is had with itpn export"
+            f"{options.model} labels pixels, of images of any size: leave out --embeddings and --image-size"
         )
     names = names_for(model.classes, model.config.num_classes)
     labelling, colours = Labelling(names, ignored=()), class_colours(len(names))

@@ -35,14 +35,14 @@ class Predict:
     """Folder for pictures of the images with their labels, 24 on a sheet: predictions-001.png and so on. Of a
     segmenter a picture for each image, and labels/ with a PNG of class ids; not given: predictions/."""
     json: Path | None = None
-    """File for a JSON object per image, one a line: path, labels, scores; of a segmenter classes and shares."""
+    """File for a JSON object per image, one a line: path, labels, scores; of a segmenter shares of classes."""
     embeddings: Path | None = None
     """File ending in .npy for the pooled features, [images, channels] in fp32; a .txt beside it has the
     paths, one a line."""
     batch_size: int = 16
     """Images at a time."""
     image_size: tuple[int, int] | None = None
-    """Height and width in pixels; what the model was trained for if not given. A segmenter takes all sizes."""
+    """Height and width in pixels; what the model was trained for if not given."""
     mode: Literal["slide", "whole"] | None = None
     """Of a segmenter: look at images in windows, or whole. Not given: as it was evaluated."""
     flip: bool = False

@@ -10,8 +10,8 @@ from itpn.errors import UserError
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     shape: Literal["cosine", "poly"] = "cosine"
-    """cosine: half a cosine, from the end of the warm-up on. poly: the share of the whole run that is left, to
-    a power; the warm-up multiplies it (mmcv's, for segmentation)."""
+    """cosine: half a cosine, from the end of the warm-up on. poly: the share of the whole run that is left,
+    to a power; the warm-up multiplies it (mmcv's, for segmentation)."""
     power: float = 1.0
     """Of poly; 1: a straight line."""
     warmup_epochs: float | None = None
