@@ -65,7 +65,13 @@ def toy_batches(world: World, batch_size: int):
 
 
 def toy_train(
-    directory: Path, *, world: World | None = None, toy: Toy | None = None, interludes=(), **fields
+    directory: Path,
+    *,
+    world: World | None = None,
+    toy: Toy | None = None,
+    interludes=(),
+    every: int = 1,
+    **fields,
 ) -> Toy:
     """Two epochs of four steps, two micro-steps each, unless `fields` of LoopConfig say otherwise."""
     world = world or World(0, 1, torch.device("cpu"))
@@ -81,6 +87,6 @@ def toy_train(
         optim=OPTIM,
         schedule=SCHEDULE,
         run=Run(directory, {"loop": {"epochs": loop.epochs}}, world),
-        interludes=[Interlude(1, call) for call in interludes],
+        interludes=[Interlude(every, call) for call in interludes],
     )
     return toy
