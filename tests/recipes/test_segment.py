@@ -1,4 +1,4 @@
-"""Every config that segments: its name tells the truth, its values are the published ones, it trains a step."""
+"""Every config that segments: names, the published values, a step at toy size."""
 
 import re
 from dataclasses import replace
