@@ -35,7 +35,7 @@ class Predict:
     """Folder for pictures of the images with their labels, 24 on a sheet: predictions-001.png and so on. Of a
     segmenter a picture for each image, and labels/ with a PNG of class ids; not given: predictions/."""
     json: Path | None = None
-    """File for a JSON object per image, one a line: path, labels, scores; of a segmenter shares of classes."""
+    """File for a JSON object per image, one a line: path, labels, scores; or a segmenter's shares."""
     embeddings: Path | None = None
     """File ending in .npy for the pooled features, [images, channels] in fp32; a .txt beside it has the
     paths, one a line."""

@@ -39,8 +39,8 @@ class ScheduleConfig:
             if self.warmup_iterations >= round(epochs * steps_per_epoch):
                 raise UserError(
                     f"the warm-up takes {self.warmup_iterations:,} steps, but the run has "
-                    f"{round(epochs * steps_per_epoch):,}: make it longer (--iterations, --epochs) or give it "
-                    "a shorter --schedule.warmup-iterations"
+                    f"{round(epochs * steps_per_epoch):,}: give it more --iterations or --epochs, or a "
+                    "shorter --schedule.warmup-iterations"
                 )
             return self.warmup_iterations / steps_per_epoch
         if self.warmup_epochs is None:
