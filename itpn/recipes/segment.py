@@ -51,6 +51,11 @@ class Segment:
     def __post_init__(self) -> None:
         if self.model.pyramid is None:
             raise UserError("model.pyramid: segmentation needs a pyramid")
+        unit = 2 * self.model.backbone.patch_size
+        if any(side % unit for side in self.data.crop):
+            raise UserError(
+                f"--data.crop {self.data.crop[0]} {self.data.crop[1]}: each side must be a multiple of {unit}"
+            )
         if not 0 < self.val_share < 1:
             raise UserError(f"--val-share: {self.val_share} lies outside (0, 1)")
         if self.eval_every < 0:
