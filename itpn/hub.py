@@ -128,13 +128,18 @@ class HubModel(PyTorchModelHubMixin):
 
 def card(config: dict[str, Any], parameters: int, license: str, source: dict[str, Any] | None = None) -> str:
     """The model card as Markdown with its metadata in front, from a file's config."""
-    model, classifier = config["model"], config.get("classifier")
+    model, classifier, segmenter = config["model"], config.get("classifier"), config.get("segmenter")
+    head = classifier or segmenter
     backbone = HiViTConfig(**model["backbone"])
     shape, pyramid = backbone.shape, model["pyramid"]
     data = ModelCardData(
         license=license,
         library_name="itpn",
-        pipeline_tag="image-classification" if classifier else "image-feature-extraction",
+        pipeline_tag="image-classification"
+        if classifier
+        else "image-segmentation"
+        if segmenter
+        else "image-feature-extraction",
         tags=[
             "arxiv:2211.12735",
             "itpn",
@@ -150,7 +155,7 @@ def card(config: dict[str, Any], parameters: int, license: str, source: dict[str
         "channels": f"{shape.width // 4}, {shape.width // 2}, {shape.width}"
         f" at strides {patch // 4}, {patch // 2}, {patch}",
         "pyramid": f"{pyramid['width']} channels at the same strides" if pyramid else "none",
-        "classes": str(classifier["num_classes"]) if classifier else "none",
+        "classes": str(head["num_classes"]) if head else "none",
         "image size": f"{size} x {size}; any multiple of {patch} pixels per side",
         "input": f"{backbone.in_channels} channels in 0..1, normalised by mean {_numbers(config, 'mean')} "
         f"and deviation {_numbers(config, 'std')}",
@@ -159,7 +164,9 @@ def card(config: dict[str, Any], parameters: int, license: str, source: dict[str
     if source:
         rows["converted from"] = f"{source['file']} ({source['family']}), sha256 {source['sha256']}"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    what = "An image classifier" if classifier else "An image backbone"
+    what = (
+        "An image classifier" if classifier else "A semantic segmenter" if segmenter else "An image backbone"
+    )
     return f"""---
 {data.to_yaml()}
 ---

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from itpn import hub
 from itpn.errors import UserError
 from itpn.heads.classify import Classifier, ClassifierConfig
+from itpn.heads.segment import Segmenter
+from itpn.heads.upernet import SegmenterConfig
+from itpn.heads.windows import InferenceConfig
 from itpn.nn.hivit import SIZES, HiViT, HiViTConfig
 from itpn.nn.layers import to_map
 from itpn.nn.pyramid import ModelConfig, Pyramid, PyramidConfig, detection_maps
@@ -156,17 +159,73 @@ class ClassifierModel(Classifier, hub.HubModel):
         return model.eval()
 
 
+class SegmenterModel(Segmenter, hub.HubModel):
+    """A segmenter that can be saved, loaded and pushed.
+
+    Args:
+        inference: how images are looked at unless a call says otherwise: windows or whole, mirrored, scales.
+        scale: pixels that images are scaled to before: the shorter side to the first, as far as the longer
+            one stays within the second.
+    """
+
+    classes: tuple[str, ...] | None = None
+    """Names by class id; None if they are not known."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        segmenter: SegmenterConfig,
+        inference: InferenceConfig | None = None,
+        scale: tuple[int, int] = (512, 2048),
+    ) -> None:
+        super().__init__(config, segmenter)
+        self.inference, self.scale = inference or InferenceConfig(), scale
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images ``[B, c, H, W]`` of any size to logits ``[B, classes, H, W]``, in one pass."""
+        return self.logits_of(images)
+
+    def remember(self, weights: Weights) -> None:
+        super().remember(weights)
+        self.classes = weights.class_names()
+
+    def file_config(self) -> dict[str, Any]:
+        config = {
+            "model": hub.as_json(self.model.config),
+            "segmenter": hub.as_json(self.config),
+            "inference": hub.as_json(self.inference),
+        }
+        return config if self.classes is None else config | {"classes": list(self.classes)}
+
+    def input_config(self) -> dict[str, Any]:
+        return super().input_config() | {"scale": self.scale}
+
+    @classmethod
+    def from_weights(cls, weights: Weights, **backbone: Any) -> Self:
+        """The segmenter of a file of ours, exactly; for ``backbone`` see `FeatureModel.from_weights`."""
+        config = weights.part("model", ModelConfig)
+        config = replace(config, backbone=replace(config.backbone, **backbone))
+        segmenter = weights.part("segmenter", SegmenterConfig)
+        mean, std = weights.statistics(segmenter.mean or MEAN, segmenter.std or STD)
+        inference = weights.part("inference", InferenceConfig) if "inference" in weights.config else None
+        segmenter = replace(segmenter, mean=mean, std=std)
+        model = cls(config, segmenter, inference, weights.scale() or (512, 2048))
+        loading.load_exactly(model, loading.resampled(weights, config.backbone))
+        model.remember(weights)
+        return model.eval()
+
+
 def load(
     path: str | Path,
     *,
     features: Kind | None = None,
     num_levels: int | None = None,
     image_size: int | None = None,
-) -> FeatureModel | ClassifierModel:
+) -> FeatureModel | ClassifierModel | SegmenterModel:
     """The model that a file holds, in evaluation mode.
 
-    A classifier where the file is one and no ``features`` are asked for; else a `FeatureModel`, with its
-    pyramid if the file has one. What only pre-training needs is left out.
+    A classifier or a segmenter where the file is one and no ``features`` are asked for; else a
+    `FeatureModel`, with its pyramid if the file has one. What only pre-training needs is left out.
 
     Args:
         path: a .safetensors file of ours, a run directory, a folder of `save_pretrained`, or a Hub id.
@@ -181,6 +240,8 @@ def load(
     changed = {} if image_size is None else {"image_size": image_size}
     if features is None and "classifier" in weights.config:
         return ClassifierModel.from_weights(weights, **changed)
+    if features is None and "decode_head" in weights.parts:
+        return SegmenterModel.from_weights(weights, **changed)
     return FeatureModel.from_weights(weights, features, num_levels, **changed)
 
 

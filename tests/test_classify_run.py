@@ -18,7 +18,7 @@ from itpn import cli
 from itpn.data.loader import DataConfig
 from itpn.engine.loop import LoopConfig
 from itpn.engine.optim import AdamWConfig
-from itpn.engine.schedule import CosineConfig
+from itpn.engine.schedule import ScheduleConfig
 from itpn.errors import UserError
 from itpn.heads.classify import ClassifierConfig
 from itpn.heads.finetune import FinetuneConfig
@@ -79,7 +79,7 @@ def recipe(root, run_dir, loop=None, **fields):
         data=DataConfig(root=root, workers=0, randaugment="rand-m9-mstd0.5-inc1"),
         finetune=FinetuneConfig(average=0.99),
         layer_decay=LayerDecayConfig(rate=0.8),
-        schedule=CosineConfig(),
+        schedule=ScheduleConfig(),
         loop=LoopConfig(
             **{"epochs": 2, "batch_size": 8, "device": "cpu", "log_every": 1, "run_dir": run_dir}
             | (loop or {})

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from itpn.data.loader import DataConfig
 from itpn.engine.loop import LoopConfig
-from itpn.engine.schedule import CosineConfig
+from itpn.engine.schedule import ScheduleConfig
 from itpn.errors import UserError
 from itpn.evaluate.knn import KnnConfig
 from itpn.nn.pyramid import Model, ModelConfig
@@ -55,7 +55,7 @@ def recipe(root, run_dir, weights, teacher="test_vit", **choices):
         model=toy_model(layer_scale=0.1, relative_position_bias=True, drop_path=0.2),
         objective=DistillConfig(teacher=teacher, teacher_weights=weights, **(few | choices)),
         data=DataConfig(root=root, workers=0, colour_jitter=0.4),
-        schedule=CosineConfig(),
+        schedule=ScheduleConfig(),
         loop=LoopConfig(epochs=2, batch_size=8, device="cpu", log_every=1, run_dir=run_dir),
         knn=KnnConfig(every=1, k=3),
     )

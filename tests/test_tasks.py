@@ -12,7 +12,7 @@ from PIL import Image
 from itpn import cli
 from itpn.data.loader import DataConfig
 from itpn.engine.loop import LoopConfig
-from itpn.engine.schedule import CosineConfig
+from itpn.engine.schedule import ScheduleConfig
 from itpn.errors import UserError
 from itpn.evaluate.knn import KnnConfig
 from itpn.nn.pyramid import Model, ModelConfig
@@ -44,7 +44,7 @@ def recipe(root, run_dir, **fields):
         model=toy.model.config,
         objective=toy.config,
         data=DataConfig(root=root, workers=0),
-        schedule=CosineConfig(),
+        schedule=ScheduleConfig(),
         loop=LoopConfig(epochs=2, batch_size=8, device="cpu", log_every=1, picture_every=1, run_dir=run_dir),
         knn=KnnConfig(every=1, k=3),
     )

@@ -13,7 +13,7 @@ import tyro
 
 from itpn.data.images import find_images
 from itpn.data.loader import DataConfig, eval_loader, steps_per_epoch, train_loader
-from itpn.engine.schedule import CosineConfig, lr_at
+from itpn.engine.schedule import ScheduleConfig, lr_at
 from itpn.heads.classify import Classifier, ClassifierConfig, smoothed_cross_entropy
 from itpn.nn.pyramid import ModelConfig
 from itpn.objectives.pixel import PixelConfig, PixelObjective
@@ -69,7 +69,7 @@ def main() -> None:
     for step in range(arguments.epochs * steps):
         lr = lr_at(
             step,
-            CosineConfig(warmup_epochs=2),
+            ScheduleConfig(warmup_epochs=2),
             peak=arguments.lr,
             epochs=arguments.epochs,
             steps_per_epoch=steps,

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from itpn.data.images import find_images
 from itpn.data.loader import DataConfig, eval_loader, steps_per_epoch, train_loader
-from itpn.engine.schedule import CosineConfig, lr_at
+from itpn.engine.schedule import ScheduleConfig, lr_at
 from itpn.nn.normalise import Normalise
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     )  # fmt: skip
     begun = time.perf_counter()
     for step in track(range(arguments.epochs * steps), description="training the teacher"):
-        lr = lr_at(step, CosineConfig(), peak=arguments.lr, epochs=arguments.epochs, steps_per_epoch=steps)
+        lr = lr_at(step, ScheduleConfig(), peak=arguments.lr, epochs=arguments.epochs, steps_per_epoch=steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = next(batches)

@@ -35,7 +35,7 @@ from itpn.objectives.distill import DistillConfig, DistillObjective
 from itpn.objectives.pixel import PixelConfig, PixelObjective
 from itpn.objectives.teacher import outline
 from itpn.recipes.classify import Classify
-from itpn.recipes.lookup import Recipe, find, load_as
+from itpn.recipes.lookup import find, load_as
 from itpn.recipes.pretrain import Pretrain
 
 WARM_UP = 2
@@ -88,7 +88,7 @@ def run(arguments: list[str]) -> None:
     time_steps("itpn bench pretrain", arguments, Pretrain)
 
 
-def time_steps(program: str, arguments: list[str], kind: type[Recipe]) -> None:
+def time_steps(program: str, arguments: list[str], kind: type[Pretrain | Classify]) -> None:
     """What `run` does, of a config of the given kind."""
     options = parse(Bench, arguments, program)
     recipe = load_as(kind, find(options.name))
@@ -147,7 +147,7 @@ class Runner:
         return medians | {"step": statistics.median(sum(step.values()) for step in timed)}
 
 
-def measure(recipe: Recipe, options: Bench, console: Console) -> Figures:
+def measure(recipe: Pretrain | Classify, options: Bench, console: Console) -> Figures:
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
     size = options.device_batch or BATCH[device.type]
@@ -209,7 +209,7 @@ def measure(recipe: Recipe, options: Bench, console: Console) -> Figures:
     )
 
 
-def build(recipe: Recipe, device: torch.device) -> Objective:
+def build(recipe: Pretrain | Classify, device: torch.device) -> Objective:
     """The same weights every time, of a frozen teacher too.
 
     Raises:
@@ -235,7 +235,7 @@ def build(recipe: Recipe, device: torch.device) -> Objective:
 
 
 def synthetic_batch(
-    recipe: Recipe, objective: Objective, size: int, device: torch.device
+    recipe: Pretrain | Classify, objective: Objective, size: int, device: torch.device
 ) -> dict[str, Tensor]:
     """Random pixels and draws, the same on every machine."""
     generator = torch.Generator().manual_seed(0)

@@ -18,6 +18,7 @@ from itpn.data.picture import Size
 from itpn.errors import UserError, printable
 from itpn.evaluate.count import count_parameters, multiply_adds
 from itpn.heads.classify import Classifier
+from itpn.heads.segment import Segmenter
 from itpn.nn.hivit import HiViT
 from itpn.nn.pyramid import ModelConfig
 from itpn.objectives.distill import DistillObjective
@@ -25,13 +26,16 @@ from itpn.objectives.pixel import PixelObjective
 from itpn.objectives.teacher import Teacher, outline
 from itpn.objectives.vision_transformers import CLIP
 from itpn.recipes.classify import Classify
-from itpn.tasks.classify import settled
+from itpn.recipes.pretrain import Pretrain
+from itpn.recipes.segment import Segment
+from itpn.tasks import classify, segment
 from itpn.weights import files
 from itpn.weights.convert import Foreign, read_foreign
 from itpn.weights.families import FAMILIES, Given
 from itpn.weights.files import Weights
 from itpn.weights.translate import Translated, translate
 
+Countable = PixelObjective | DistillObjective | Classifier | Segmenter
 COUNTED = "matrix products, convolutions and 5 x LayerNorm elements"
 
 
@@ -40,16 +44,23 @@ def run(arguments: list[str]) -> None:
         given = parse(Given, arguments[1:], f"itpn info {arguments[0]}")
         return info_of_file(Path(arguments[0]), given)
     recipe = read_config("itpn info", arguments)
-    objective: PixelObjective | DistillObjective | Classifier
-    if isinstance(recipe, Classify):
-        recipe = settled(recipe, recipe.classifier.num_classes, None)
-        with torch.device("meta"):
-            backbone = HiViT(recipe.model.backbone)
-            objective, teacher = Classifier(backbone, recipe.classifier), None
-    else:
-        with torch.device("meta"):
-            objective = files.build_objective(recipe.model, recipe.objective)
-        backbone, teacher = objective.model.backbone, teacher_of(objective)
+    objective: Countable
+    teacher = None
+    match recipe:
+        case Classify():
+            recipe = classify.settled(recipe, recipe.classifier.num_classes, None)
+            with torch.device("meta"):
+                objective = Classifier(HiViT(recipe.model.backbone), recipe.classifier)
+            backbone = objective.backbone
+        case Segment():
+            recipe = segment.settled(recipe, recipe.segmenter.num_classes, None)
+            with torch.device("meta"):
+                objective = Segmenter(recipe.model, recipe.segmenter)
+            backbone = objective.model.backbone
+        case Pretrain():
+            with torch.device("meta"):
+                objective = files.build_objective(recipe.model, recipe.objective)
+            backbone, teacher = objective.model.backbone, teacher_of(objective)
     table = Table("part", title=recipe.name, title_justify="left")
     table.add_column("parameters", justify="right")
     table.add_column("trainable", justify="right")
@@ -198,6 +209,8 @@ def described(weights: Weights) -> Iterator[str]:
     match module:
         case Classifier():
             yield f"classifier: {module.config.num_classes} classes, pooling {module.config.pooling}"
+        case Segmenter():
+            yield f"segmenter: UPerNet, {module.config.width} wide, {module.config.num_classes} classes"
         case PixelObjective():
             decoder = module.config.decoder
             yield f"pixel decoder: {decoder.width} wide, {decoder.depth} blocks"
@@ -222,9 +235,7 @@ def work(backbone: HiViT, image_size: Size) -> str:
     )
 
 
-def parts(
-    objective: PixelObjective | DistillObjective | Classifier,
-) -> dict[str, nn.Module | nn.Parameter]:
+def parts(objective: Countable) -> dict[str, nn.Module | nn.Parameter]:
     """The parts that together hold every parameter once."""
     if isinstance(objective, Classifier):
         return {"backbone": objective.backbone, "norm": objective.norm, "head": objective.head}
@@ -232,6 +243,9 @@ def parts(
         "backbone": objective.model.backbone,
         "pyramid": objective.model.pyramid,
     }
+    if isinstance(objective, Segmenter):
+        found |= {"UPerNet": objective.decode_head, "auxiliary head": objective.auxiliary_head}
+        return {name: part for name, part in found.items() if part is not None}
     if isinstance(objective, DistillObjective):
         found |= {
             "level embed": objective.embed,

@@ -1,71 +1,38 @@
-"""`itpn predict MODEL IMAGES_OR_FOLDERS…`: what a model says of images: labels with scores, or embeddings."""
+"""`itpn predict MODEL IMAGES_OR_FOLDERS…`: what a model says of images: labels of them or of their pixels, or
+embeddings."""
 
 import json
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from errno import EISDIR
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from itpn import models
 from itpn.commands.arguments import parse
+from itpn.commands.predict_pixels import segment
+from itpn.commands.predicting import Predict, sources_of, tell_unreadable, writing
 from itpn.data.classes import names_for
-from itpn.data.images import ImageList, find_images
 from itpn.data.loader import Batch, eval_loader
 from itpn.data.picture import BadImageError
 from itpn.data.progress import watched
-from itpn.data.source import Images, Names
+from itpn.data.source import Images
 from itpn.data.transforms import crop_ratio_of
-from itpn.engine.distributed import DeviceName, choose_device
+from itpn.engine.distributed import choose_device
 from itpn.errors import UserError, printable
-from itpn.models import ClassifierModel, FeatureModel
+from itpn.models import ClassifierModel, FeatureModel, SegmenterModel
 from itpn.nn.normalise import Normalise
 from itpn.show.classify import prediction_picture
 
-NUM_SHOWN, NUM_NAMED = 100, 20
-"""Images in the table on the terminal, and unreadable ones that are named."""
+NUM_SHOWN = 100
+"""Images in the table on the terminal."""
 PER_SHEET = 24
-
-
-@dataclass(frozen=True, kw_only=True)
-class Predict:
-    """Say what images show, with scores; or what they are like, as embeddings."""
-
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A run directory, a .safetensors file of ours, a folder of save_pretrained, or a Hub id."""
-    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files, and folders of images; of a folder with train and val, val."""
-    top: int = 5
-    """Labels per image, the best first."""
-    out: Path | None = None
-    """Folder for pictures of the images with their labels, 24 on a sheet: predictions-001.png and so on."""
-    json: Path | None = None
-    """File for a JSON object per image, one a line: path, labels, scores."""
-    embeddings: Path | None = None
-    """File ending in .npy for the pooled features, [images, channels] in fp32; a .txt beside it has the
-    paths, one a line."""
-    batch_size: int = 16
-    """Images at a time."""
-    image_size: tuple[int, int] | None = None
-    """Height and width in pixels; what the model was trained for if not given."""
-    device: DeviceName = "auto"
-    """Where to compute."""
-
-    def __post_init__(self) -> None:
-        if self.top < 1 or self.batch_size < 1 or min(self.image_size or (1,)) < 1:
-            raise UserError("--top, --batch-size and --image-size must be 1 or more")
-        if self.embeddings and self.embeddings.suffix != ".npy":
-            raise UserError(f"--embeddings {self.embeddings}: name a file that ends in .npy")
 
 
 class Seen(NamedTuple):
@@ -93,11 +60,13 @@ def run(arguments: list[str]) -> None:
     if not options.images:
         raise UserError("itpn predict: name one or more images, or folders of images, after the model")
     for path in filter(None, (options.json, options.embeddings, options.out and options.out / "a.png")):
-        with _writing(path):  # before the work rather than after it
+        with writing(path):  # before the work rather than after it
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir():
                 raise IsADirectoryError(EISDIR, "it is a folder")
     match models.load(options.model):
+        case SegmenterModel() as model:
+            segment(model, options)
         case ClassifierModel() as model:
             label(model, options)
         case FeatureModel() as model:
@@ -116,7 +85,7 @@ def label(model: ClassifierModel, options: Predict) -> None:
     if len(answers) > NUM_SHOWN:
         print(f"the first {NUM_SHOWN} of {len(answers):,} images; --json FILE writes all")
     if options.json:
-        with _writing(options.json):
+        with writing(options.json):
             options.json.write_text("".join(map(_json_line, answers)))
     if options.embeddings:
         _save(
@@ -168,7 +137,7 @@ def look(model: ClassifierModel | FeatureModel, options: Predict) -> Iterator[Se
     device = choose_device(options.device)
     size = options.image_size or model.input_size or (config.image_size, config.image_size)
     model, normalise = model.to(device), Normalise(model.mean, model.std, 3).to(device)
-    sources = list(_sources(options.images))
+    sources = list(sources_of(options.images))
     num_images, bad = sum(map(len, sources)), list[BadImageError]()
 
     def batches() -> Iterator[tuple[Images, Batch]]:
@@ -195,14 +164,7 @@ def look(model: ClassifierModel | FeatureModel, options: Predict) -> Iterator[Se
             pixels = batch["images"][kept]
             tokens = model.backbone(normalise(pixels.to(device))).c16
             yield Seen([paths[row] for row in kept], pixels, tokens)
-    if num_bad == num_images:
-        raise UserError(f"none of {num_images:,} images can be read; the first is {bad[0]}")
-    for error in bad[:NUM_NAMED]:
-        print(
-            f"unreadable image left out: {printable(error.path)}: {printable(error.reason)}", file=sys.stderr
-        )
-    if num_bad:
-        print(f"{num_bad:,} of {num_images:,} images cannot be read", file=sys.stderr)
+    tell_unreadable(bad, num_images)
 
 
 def table_of(answers: list[Answer]) -> Table:
@@ -214,22 +176,6 @@ def table_of(answers: list[Answer]) -> Table:
     return table
 
 
-def _sources(given: tuple[Path, ...]) -> Iterator[Images]:
-    """Each folder's images, and between them the files that are named one by one."""
-    for is_folder, paths in groupby(given, Path.is_dir):
-        if is_folder:
-            yield from (find_images(path, "val" if (path / "val").is_dir() else "train") for path in paths)
-        else:
-            names = [str(path) for path in paths]
-            yield ImageList(
-                root=Path(),
-                names=Names(names),
-                labels=None,
-                class_names=None,
-                description=f"{len(names):,} images",
-            )
-
-
 def _draw(sheet: list[tuple[Answer, Tensor]], out: Path) -> None:
     answers = [answer for answer, _ in sheet]
     picture = prediction_picture(
@@ -238,7 +184,7 @@ def _draw(sheet: list[tuple[Answer, Tensor]], out: Path) -> None:
         [answer.scores for answer in answers],
         [answer.path.name for answer in answers],
     )
-    with _writing(out):
+    with writing(out):
         picture.save(out)
 
 
@@ -250,18 +196,10 @@ def _json_line(answer: Answer) -> str:
 def _save(out: Path, paths: list[Path], rows: list[Tensor]) -> None:
     """Features [C] of each image, and beside them the images' paths."""
     beside = out.with_suffix(".txt")
-    with _writing(out):
+    with writing(out):
         np.save(out, torch.stack(rows).numpy())
         beside.write_text("".join(f"{printable(path)}\n" for path in paths), encoding="utf-8")
     print(
         f"{printable(out)}: {len(rows):,} embeddings of {len(rows[0])} channels; "
         f"{printable(beside.name)} has the paths"
     )
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): name another place") from error

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from PIL.Image import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -16,14 +17,25 @@ from itpn.data.picture import BadImageError
 from itpn.engine.distributed import World, join_world
 from itpn.errors import UserError, printable
 from itpn.evaluate.classify import Report
+from itpn.evaluate.segment import SegmentationScores, table
 from itpn.recipes.classify import Classify
 from itpn.recipes.lookup import find, load
 from itpn.recipes.pretrain import Pretrain
+from itpn.recipes.segment import Segment
 from itpn.tasks.classify import write_report
-from itpn.tasks.test import Protocol, lines_of, test_classifier, test_features, write_numbers
+from itpn.tasks.segment import write_report as write_segmentation_report
+from itpn.tasks.test import (
+    Protocol,
+    lines_of,
+    test_classifier,
+    test_features,
+    test_segmenter,
+    write_numbers,
+)
 
 NUM_SHOWN = 20
 USAGE = """usage: itpn test CONFIG [CHECKPOINT] [--protocol finetuned | linear | knn] [--field value …]
+       itpn test CONFIG [CHECKPOINT] [--inference.mode slide | whole] [--field value …], of a segmenter
 
 CHECKPOINT is a file of weights or a run directory; without it, the config's own run directory.
 `itpn test CONFIG --help` lists the fields."""
@@ -31,19 +43,19 @@ CHECKPOINT is a file of weights or a run directory; without it, the config's own
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    protocol: Protocol = "finetuned"
-    """finetuned: the classifier that the file holds. linear: a linear classifier fitted to frozen features of
-    the training images. knn: their nearest neighbours."""
     out: Path = Path("evaluation")
-    """Folder for report.json and, of a classifier, pictures/confusion.png."""
-    save_predictions: Path | None = None
-    """File for every image's path, label, guesses and scores, a JSON object a line."""
+    """Folder for report.json and, of a classifier or segmenter, pictures/."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TestClassify(Options):
     """Evaluate weights on the validation images of a config."""
 
+    protocol: Protocol = "finetuned"
+    """finetuned: the classifier that the file holds. linear: a linear classifier fitted to frozen features of
+    the training images. knn: their nearest neighbours."""
+    save_predictions: Path | None = None
+    """File for every image's path, label, guesses and scores, a JSON object a line."""
     recipe: Annotated[Classify, tyro.conf.arg(name="")]
 
 
@@ -51,7 +63,17 @@ class TestClassify(Options):
 class TestPretrain(Options):
     """Evaluate frozen features on the validation images of a config: --protocol linear or knn."""
 
+    protocol: Protocol = "finetuned"
+    """linear: a linear classifier fitted to frozen features of the training images. knn: their nearest
+    neighbours."""
     recipe: Annotated[Pretrain, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestSegment(Options):
+    """Evaluate a segmenter on the validation images of a config, looked at as --inference says."""
+
+    recipe: Annotated[Segment, tyro.conf.arg(name="")]
 
 
 def run(arguments: list[str]) -> None:
@@ -63,36 +85,61 @@ def run(arguments: list[str]) -> None:
             given: Path | None = Path(checkpoint)
         case [name, *overrides]:
             given = None
-    config = load(find(name))
-    options: TestClassify | TestPretrain
-    if isinstance(config, Classify):
-        options = parse(TestClassify, overrides, f"itpn test {name}", TestClassify(recipe=config))
-    else:
-        options = parse(TestPretrain, overrides, f"itpn test {name}", TestPretrain(recipe=config))
-    recipe = options.recipe
-    weights = hub.read(given or recipe.loop.run_dir or Path("runs") / recipe.name)
-    with join_world(recipe.loop.device) as world:
+    options = options_of(name, overrides)
+    loop = options.recipe.loop
+    weights = hub.read(given or loop.run_dir or Path("runs") / options.recipe.name)
+    with join_world(loop.device) as world:
         console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not world.is_main)
 
         def on_bad(error: BadImageError) -> None:
             console.print(f"unreadable: {printable(error.path)}: {printable(error.reason)}")
 
-        if options.protocol != "finetuned":
-            numbers = test_features(recipe, weights, options.protocol, world, on_bad)
-            console.print("  ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
-            _write(world, console, lambda: [write_numbers(numbers, options.out)])
-        elif isinstance(recipe, Classify):
-            found, predictions, val = test_classifier(recipe, weights, world, on_bad)
-            names = val.class_names or ()
-            console.print(table_of(found, readable(names)))
-            _write(world, console, lambda: write_report(found, names, options.out))
-            if path := options.save_predictions:
-                text = "".join(f"{line}\n" for line in lines_of(predictions, val))
-                _write(world, console, lambda: [path] if path.write_text(text) else [])
-        else:
-            raise UserError(
-                f"{name} pre-trains, so that there is no classifier to test: --protocol linear or knn"
-            )
+        match options:
+            case TestSegment():
+                scores, picture = test_segmenter(options.recipe, weights, world, on_bad)
+                console.print(table(scores))
+                _write(world, console, lambda: _write_segmentation(scores, picture, options.out))
+            case TestClassify(protocol="finetuned"):
+                found, predictions, val = test_classifier(options.recipe, weights, world, on_bad)
+                names = val.class_names or ()
+                console.print(table_of(found, readable(names)))
+                _write(world, console, lambda: write_report(found, names, options.out))
+                if path := options.save_predictions:
+                    text = "".join(f"{line}\n" for line in lines_of(predictions, val))
+                    _write(world, console, lambda: [path] if path.write_text(text) else [])
+            case (
+                TestClassify(protocol="linear" | "knn" as protocol)
+                | TestPretrain(protocol="linear" | "knn" as protocol)
+            ):
+                numbers = test_features(options.recipe, weights, protocol, world, on_bad)
+                console.print("  ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
+                _write(world, console, lambda: [write_numbers(numbers, options.out)])
+            case _:
+                raise UserError(
+                    f"{name} pre-trains, so that there is no classifier to test: --protocol linear or knn"
+                )
+
+
+def options_of(name: str, overrides: list[str]) -> TestClassify | TestPretrain | TestSegment:
+    """A config and what the arguments change in it."""
+    program = f"itpn test {name}"
+    match config := load(find(name)):
+        case Classify():
+            return parse(TestClassify, overrides, program, TestClassify(recipe=config))
+        case Pretrain():
+            return parse(TestPretrain, overrides, program, TestPretrain(recipe=config))
+        case Segment():
+            return parse(TestSegment, overrides, program, TestSegment(recipe=config))
+
+
+def _write_segmentation(scores: SegmentationScores, picture: Image | None, out: Path) -> list[Path]:
+    written = [write_segmentation_report(scores, out)]
+    if picture is not None:
+        path = out / "pictures" / "segmentation.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        written.append(path)
+    return written
 
 
 def _write(world: World, console: Console, write: Callable[[], list[Path]]) -> None:
@@ -113,16 +160,16 @@ def table_of(found: Report, names: tuple[str, ...]) -> Table:
         f"{found.images:,} images: top-1 {found.top1:.2%}, top-5 {found.top5:.2%}, mean over classes "
         f"{found.class_top1:.2%}, loss {found.loss:.4f}, calibration error {found.ece:.4f}"
     )
-    table = Table("class", title=title, title_justify="left")
+    rows = Table("class", title=title, title_justify="left")
     for column in ("images", "right"):
-        table.add_column(column, justify="right")
-    table.add_column("most often taken for")
+        rows.add_column(column, justify="right")
+    rows.add_column("most often taken for")
     seen = [i for i, row in enumerate(found.classes) if row.images]
     worst = sorted(seen, key=lambda i: (found.classes[i].top1, -found.classes[i].images))
     for i in worst[:NUM_SHOWN]:
         row = found.classes[i]
         confusion = f"{printable(row.confusion)} ({row.confused})" if row.confusion else ""
-        table.add_row(printable(names[i]), str(row.images), f"{row.top1:.1%}", confusion)
+        rows.add_row(printable(names[i]), str(row.images), f"{row.top1:.1%}", confusion)
     if len(seen) > NUM_SHOWN:
-        table.caption = f"the {NUM_SHOWN} worst of {len(seen):,} classes; report.json has all"
-    return table
+        rows.caption = f"the {NUM_SHOWN} worst of {len(seen):,} classes; report.json has all"
+    return rows

@@ -3,8 +3,10 @@
 from itpn.commands.config import read_config
 from itpn.recipes.classify import Classify
 from itpn.recipes.pretrain import Pretrain
+from itpn.recipes.segment import Segment
 from itpn.tasks.classify import classify
 from itpn.tasks.pretrain import pretrain
+from itpn.tasks.segment import segment
 
 
 def run(arguments: list[str]) -> None:
@@ -13,3 +15,5 @@ def run(arguments: list[str]) -> None:
             pretrain(recipe)
         case Classify():
             classify(recipe)
+        case Segment():
+            segment(recipe)

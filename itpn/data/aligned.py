@@ -42,6 +42,12 @@ def scaled_size(size: Size, short: int, long: int, ratio: float = 1.0) -> Size:
     return height, width
 
 
+def fitted(image: Image.Image, short: int, long: int) -> Tensor:
+    """The image as evaluations see it, ``uint8 [1, 3, h, w]``."""
+    size = scaled_size((image.height, image.width), short, long)
+    return cut_image(image, size, (0, 0), size)[None]
+
+
 def crop_corner(
     labels: Labels, scaled: Size, crop: Size, unlabelled: int, max_share: float, generator: Generator
 ) -> tuple[int, int]:

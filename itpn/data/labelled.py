@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
@@ -52,6 +52,16 @@ class LabelledImages(ImageList):
             except BadImageError as error:
                 raise self.blaming(index, error) from error
             return picture.decode(), labels
+
+    def some(self, indices: Iterable[int], description: str) -> "LabelledImages":
+        """Those of the indices."""
+        chosen = list(indices)
+        return replace(
+            self,
+            names=Names([self.names[index] for index in chosen]),
+            label_names=Names([self.label_names[index] for index in chosen]),
+            description=description,
+        )
 
     def blaming(self, index: int, error: BadImageError) -> BadImageError:
         """What is wrong with an image's labels, told of the image: loaders know samples by that."""

@@ -16,6 +16,7 @@ from itpn.data.aligned import (
     cut_image,
     cut_labels,
     distorted,
+    fitted,
     padded,
     scaled_size,
 )
@@ -25,6 +26,7 @@ from itpn.data.labels import MAX_CLASSES
 from itpn.data.loader import Batch, Draw, Loaded, MicroBatches, Samples, load
 from itpn.data.picture import BadImageError, Size
 from itpn.data.randomness import generator
+from itpn.data.source import hold_out
 from itpn.errors import UserError
 
 OnBad = Callable[[BadImageError], None]
@@ -135,6 +137,15 @@ def find_labelled(config: SegmentationDataConfig, split: Split) -> LabelledImage
             assert_never(config.format)
 
 
+def find_splits(config: SegmentationDataConfig, val_share: float) -> tuple[LabelledImages, LabelledImages]:
+    """The images to train and to validate on; a share is held out where there is no val."""
+    images = find_labelled(config, "train")
+    if has_split(config, "val"):
+        return images, find_labelled(config, "val")
+    train, val = hold_out(images, val_share, seed=0)
+    return images.some(train.indices, train.description), images.some(val.indices, val.description)
+
+
 def train_crops(
     images: LabelledImages,
     config: SegmentationDataConfig,
@@ -225,10 +236,8 @@ class EvalPairs(Dataset[Loaded]):
         except BadImageError as error:
             bad = [(index, error.reason)]
         else:
-            size = image.height, image.width
-            scaled = scaled_size(size, self.config.short, self.config.long)
             batch |= {
-                "images": cut_image(image, scaled, (0, 0), scaled)[None],
+                "images": fitted(image, self.config.short, self.config.long),
                 "labels": torch.from_numpy(labels)[None],
             }
         return batch, list(bad)

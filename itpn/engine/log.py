@@ -34,10 +34,10 @@ class Log:
     """Model-FLOP utilisation per image/s; 0 where it is not known."""
 
     def __init__(
-        self, run: Run, num_steps: int, steps_per_epoch: int, batch_size: int, log_every: int
+        self, run: Run, num_steps: int, steps_per_epoch: int, period: int, batch_size: int, log_every: int
     ) -> None:
         self.run, self.num_steps, self.steps_per_epoch = run, num_steps, steps_per_epoch
-        self.batch_size, self.log_every = batch_size, log_every
+        self.period, self.batch_size, self.log_every = period, batch_size, log_every
         self.metrics = Journal(run.directory / "metrics.jsonl", run.say)
         self.speed = Journal(run.directory / "speed.jsonl", run.say)
         # Seconds of a step, of which waited for data.
@@ -92,17 +92,17 @@ class Log:
         self._show(step, values, now)
 
     def write(self, step: int, values: Mapping[str, float | Image]) -> None:
-        """Numbers to a line of metrics.jsonl, pictures to pictures/NAME-EPOCH.png, both to TensorBoard."""
+        """Numbers to a line of metrics.jsonl, pictures to pictures/NAME-EPOCH.png (of a run of iterations
+        NAME-STEP.png), both to TensorBoard."""
         if not self.run.world.is_main:
             return
-        epoch = step / self.steps_per_epoch
         numbers = {name: value for name, value in values.items() if not isinstance(value, Image)}
         if numbers:
-            self.metrics.add({"step": step, "epoch": epoch, **numbers})
+            self.metrics.add({"step": step, "epoch": step / self.steps_per_epoch, **numbers})
         for name, value in values.items():
             if isinstance(value, Image):
                 with self._accessory():
-                    value.save(self.run.pictures / f"{name}-{epoch:04.0f}.png")
+                    value.save(self.run.pictures / f"{name}-{step // self.period:04}.png")
         self._to_board(step, values)
 
     def _to_board(self, step: int, values: Mapping[str, float | Image]) -> None:

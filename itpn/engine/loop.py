@@ -22,7 +22,7 @@ from itpn.engine.numerics import Precision, choose_precision, matmul_ceiling, se
 from itpn.engine.optim import AdamWConfig, adamw
 from itpn.engine.run import Run
 from itpn.engine.saver import Saver
-from itpn.engine.schedule import CosineConfig, lr_at
+from itpn.engine.schedule import ScheduleConfig, lr_at
 from itpn.engine.step import micro_step, out_of_memory
 from itpn.engine.watch import Watch
 from itpn.errors import UserError
@@ -30,8 +30,10 @@ from itpn.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    epochs: int
+    epochs: int | None = None
     """Passes over the images; the schedule spans them."""
+    iterations: int | None = None
+    """Optimiser steps, in place of epochs. Whatever is done every so many epochs is then counted in steps."""
     batch_size: int
     """Images per optimiser step, over all ranks and accumulation: results do not depend on the hardware."""
     device_batch: int | None = None
@@ -73,8 +75,10 @@ class LoopConfig:
     """Stop after this step, with a checkpoint, as if interrupted."""
 
     def __post_init__(self) -> None:
-        counts = ("epochs", "batch_size", "device_batch", "log_every", "checkpoint_every", "keep_last")
-        for name in (*counts, "keep_every", "max_steps"):
+        if (self.epochs is None) == (self.iterations is None):
+            raise UserError("a run has either --epochs or --iterations: give one, and None for the other")
+        counts = ("epochs", "iterations", "batch_size", "device_batch", "log_every", "checkpoint_every")
+        for name in (*counts, "keep_last", "keep_every", "max_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -84,6 +88,14 @@ class LoopConfig:
             raise UserError(
                 f"--clip-grad must be greater than 0, not {self.clip_grad}; leave it out not to clip"
             )
+
+    def period(self, steps_per_epoch: int) -> int:
+        """Steps of what the run is counted in: an epoch's, or one."""
+        return steps_per_epoch if self.iterations is None else 1
+
+    def num_steps(self, steps_per_epoch: int) -> int:
+        """Steps of the whole run."""
+        return (self.iterations or self.epochs or 0) * self.period(steps_per_epoch)
 
 
 class Objective(Protocol):
@@ -105,15 +117,13 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
-class EpochEnd:
-    """Called on every rank before the first step, after every `every`-th epoch and the last (0: never)."""
+class Interlude:
+    """Called on every rank before the first step, after every `every`-th epoch (or step, where the run has
+    iterations) and after the last step; 0: never."""
 
     every: int
-    call: Callable[[int, int], Mapping[str, float | Image]]
-    """(epoch, step) that are done to named numbers and pictures, which are logged."""
-
-    def due(self, epoch: int, epochs: int) -> bool:
-        return self.every > 0 and (epoch % self.every == 0 or epoch == epochs)
+    call: Callable[[float, int], Mapping[str, float | Image]]
+    """(epochs, steps) that are done to named numbers and pictures, which are logged."""
 
 
 def train(
@@ -123,10 +133,10 @@ def train(
     steps_per_epoch: int,
     loop: LoopConfig,
     optim: AdamWConfig,
-    schedule: CosineConfig,
+    schedule: ScheduleConfig,
     run: Run,
     bad: BadFiles | None = None,
-    at_epoch_end: Sequence[EpochEnd] = (),
+    interludes: Sequence[Interlude] = (),
     lr_scales: Mapping[str, float] | None = None,
 ) -> bool:
     """Trains `objective`, or goes on with it, up to the last step.
@@ -146,7 +156,7 @@ def train(
     training = Training(
         objective, steps_per_epoch, loop, optim, schedule, run, bad or BadFiles(run), lr_scales
     )
-    return training.run(batches, at_epoch_end)
+    return training.run(batches, interludes)
 
 
 class Training:
@@ -158,17 +168,19 @@ class Training:
         steps_per_epoch: int,
         loop: LoopConfig,
         optim: AdamWConfig,
-        schedule: CosineConfig,
+        schedule: ScheduleConfig,
         run: Run,
         bad: BadFiles,
         lr_scales: Mapping[str, float] | None = None,
     ) -> None:
         world, device = run.world, run.world.device
-        schedule.warmup(loop.epochs)
+        self.num_steps, self.period = loop.num_steps(steps_per_epoch), loop.period(steps_per_epoch)
+        self.epochs = self.num_steps / steps_per_epoch
+        schedule.warmup(self.epochs, steps_per_epoch)
         device_batch.check_division(loop.batch_size, world.size, loop.device_batch)
         self.objective, self.hooks = objective, cast(Objective, objective)
         self.loop, self.schedule, self.place, self.world = loop, schedule, run, world
-        self.steps_per_epoch, self.num_steps = steps_per_epoch, loop.epochs * steps_per_epoch
+        self.steps_per_epoch = steps_per_epoch
         self.last_step = min(self.num_steps, loop.max_steps or self.num_steps)
         self.peak_lr = optim.peak_lr(loop.batch_size)
 
@@ -183,20 +195,20 @@ class Training:
         self.optimizer = adamw(objective, optim, lr_scales)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
-        self.log = Log(run, self.num_steps, steps_per_epoch, loop.batch_size, loop.log_every)
+        self.log = Log(run, self.num_steps, steps_per_epoch, self.period, loop.batch_size, loop.log_every)
         self.bad, self.watch = bad, Watch()
         self.saver = Saver(
             objective,
             self.optimizer,
             {"scaler": self.scaler, "log": self.log, "bad_files": bad, "watch": self.watch},
             run,
-            every=loop.checkpoint_every and loop.checkpoint_every * steps_per_epoch,
+            every=loop.checkpoint_every and loop.checkpoint_every * self.period,
             minutes=loop.checkpoint_minutes,
             keep_last=loop.keep_last,
-            keep_every=loop.keep_every and loop.keep_every * steps_per_epoch,
+            keep_every=loop.keep_every and loop.keep_every * self.period,
         )
 
-    def run(self, batches: Batches, at_epoch_end: Sequence[EpochEnd]) -> bool:
+    def run(self, batches: Batches, interludes: Sequence[Interlude]) -> bool:
         step = self.saver.resume()
         if self.last_step <= step < self.num_steps:
             self.place.say(f"{self.place.directory} is at step {step} already: no step is left to take")
@@ -210,13 +222,13 @@ class Training:
             Interruption("saving, then stopping ..." if self.world.is_main else "") as interruption,
         ):
             try:
-                self._evaluate(step, at_epoch_end, interruption)
+                self._evaluate(step, interludes, interruption)
                 stream = batches(step, self.micro_batch)
                 while step < self.last_step:
                     self._step(step, stream, interruption)
                     step += 1
                     self._between_steps(step)
-                    self._evaluate(step, at_epoch_end, interruption)
+                    self._evaluate(step, interludes, interruption)
             except Interrupted:
                 self._stop(step, interruption.signal)
         if step < self.num_steps:
@@ -238,7 +250,7 @@ class Training:
         self.accumulation = share // self.micro_batch
         self.model = world.wrap(self.objective)
         self.place.say(
-            f"{self.place.directory}: step {start_step} of {self.num_steps} ({loop.epochs} epochs) "
+            f"{self.place.directory}: step {start_step} of {self.num_steps} ({self.epochs:g} epochs) "
             f"on {world.device.type} in {str(self.precision).removeprefix('torch.')}; "
             f"batch {loop.batch_size} = {world.size} ranks x {self.micro_batch} images "
             f"x {self.accumulation} micro-steps"
@@ -254,7 +266,7 @@ class Training:
             step,
             self.schedule,
             peak=self.peak_lr,
-            epochs=self.loop.epochs,
+            epochs=self.epochs,
             steps_per_epoch=self.steps_per_epoch,
         )
         for group in self.optimizer.param_groups:
@@ -352,10 +364,10 @@ class Training:
             if overdue or step == self.last_step or self.saver.due(step):
                 self._save(step)
 
-    def _evaluate(self, step: int, tasks: Sequence[EpochEnd], interruption: Interruption) -> None:
-        """At the end of an epoch, after a checkpoint: one that is cut short is made again."""
-        epoch, rest = divmod(step, self.steps_per_epoch)
-        due = [task for task in tasks if rest == 0 and task.due(epoch, self.loop.epochs)]
+    def _evaluate(self, step: int, tasks: Sequence[Interlude], interruption: Interruption) -> None:
+        """After a checkpoint: an evaluation that is cut short is made again."""
+        last = step == self.num_steps
+        due = [task for task in tasks if task.every and (last or step % (task.every * self.period) == 0)]
         if not due:
             return
         with self.log.paused():
@@ -365,7 +377,7 @@ class Training:
             eager = torch.compiler.set_stance("force_eager")
             with whole(self.objective), interruption.at_once(), eager:
                 for task in due:
-                    self.log.write(step, task.call(epoch, step))
+                    self.log.write(step, task.call(step / self.steps_per_epoch, step))
             self.objective.train()
             if self.world.largest(len(self.bad.fresh))[0]:
                 self.bad.share(step, step * self.loop.batch_size)

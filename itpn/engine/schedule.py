@@ -1,40 +1,70 @@
-"""The learning rate of every step: linear warm-up, then half a cosine."""
+"""The learning rate of every step: linear warm-up, then down by half a cosine or a power of what is left."""
 
 import math
 from dataclasses import dataclass
+from typing import Literal, assert_never
 
 from itpn.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class CosineConfig:
+class ScheduleConfig:
+    shape: Literal["cosine", "poly"] = "cosine"
+    """cosine: half a cosine, from the end of the warm-up on. poly: the share of the whole run that is left,
+    to a power; the warm-up multiplies it (mmcv's, for segmentation)."""
+    power: float = 1.0
+    """Of poly; 1: a straight line."""
     warmup_epochs: float | None = None
     """Epochs of linear warm-up. None: a tenth of all."""
+    warmup_iterations: int | None = None
+    """Steps of linear warm-up, in place of warmup_epochs."""
     start_factor: float = 0.0
     """The warm-up begins at this share of the peak learning rate."""
     min_lr: float = 0.0
-    """Where the cosine ends."""
+    """Where the cosine, or the poly, ends."""
 
-    def warmup(self, epochs: int) -> float:
+    def __post_init__(self) -> None:
+        if self.warmup_epochs is not None and self.warmup_iterations is not None:
+            raise UserError("--schedule.warmup-epochs and --schedule.warmup-iterations: give one of them")
+        if not 0 < self.power < math.inf:
+            raise UserError(f"--schedule.power must be greater than 0, not {self.power}")
+
+    def warmup(self, epochs: float, steps_per_epoch: int) -> float:
         """Epochs of warm-up in a run of so many.
 
         Raises:
             UserError: nothing would be left to train.
         """
+        if self.warmup_iterations is not None:
+            if self.warmup_iterations >= round(epochs * steps_per_epoch):
+                raise UserError(
+                    f"the warm-up takes {self.warmup_iterations:,} steps, but the run has "
+                    f"{round(epochs * steps_per_epoch):,}: give it more --iterations or --epochs, or a "
+                    "shorter --schedule.warmup-iterations"
+                )
+            return self.warmup_iterations / steps_per_epoch
         if self.warmup_epochs is None:
             return epochs / 10
         if self.warmup_epochs >= epochs:
             raise UserError(
-                f"the warm-up takes {self.warmup_epochs:g} epochs, but the run has {epochs}: "
+                f"the warm-up takes {self.warmup_epochs:g} epochs, but the run has {epochs:g}: "
                 "give it more --epochs or a shorter --schedule.warmup-epochs"
             )
         return self.warmup_epochs
 
 
-def lr_at(step: int, config: CosineConfig, *, peak: float, epochs: int, steps_per_epoch: int) -> float:
+def lr_at(step: int, config: ScheduleConfig, *, peak: float, epochs: float, steps_per_epoch: int) -> float:
     """Learning rate of the 0-based `step`, a function of the epoch's fraction as in the published recipes."""
-    epoch, warmup = step / steps_per_epoch, config.warmup(epochs)
-    if epoch < warmup:
-        return peak * (config.start_factor + (1 - config.start_factor) * epoch / warmup)
-    progress = (epoch - warmup) / (epochs - warmup)
-    return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    epoch, warmup = step / steps_per_epoch, config.warmup(epochs, steps_per_epoch)
+    rising = config.start_factor + (1 - config.start_factor) * epoch / warmup if epoch < warmup else None
+    match config.shape:
+        case "cosine":
+            if rising is not None:
+                return peak * rising
+            progress = (epoch - warmup) / (epochs - warmup)
+            return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        case "poly":
+            lr: float = config.min_lr + (peak - config.min_lr) * (1 - epoch / epochs) ** config.power
+            return lr if rising is None else lr * rising
+        case _:
+            assert_never(config.shape)

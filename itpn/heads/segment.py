@@ -18,8 +18,66 @@ STRIDE_16 = 2
 """Which of the four maps the auxiliary head sees."""
 
 
-class SegmentObjective(nn.Module):
-    """Backbone, pyramid and heads: the loss of a batch, and labels for images.
+class Segmenter(nn.Module):
+    """Backbone, pyramid and heads: labels for images.
+
+    Args:
+        config: with its mean and std.
+
+    Raises:
+        UserError: the model has no pyramid.
+    """
+
+    def __init__(self, model: ModelConfig, config: SegmenterConfig) -> None:
+        super().__init__()
+        if config.mean is None or config.std is None:
+            raise ValueError("config.mean and config.std are not settled")
+        if model.pyramid is None:
+            raise UserError("segmentation needs a pyramid: the model was made without (model.pyramid)")
+        C, width = model.backbone.shape.width, model.pyramid.width
+        channels = [width + C // 4, width + C // 2, width + C, width + C]
+        self.config = config
+        self.normalise = Normalise(config.mean, config.std, model.backbone.in_channels)
+        self.model = Model(model)
+        self.decode_head = UPerHead(channels, config)
+        self.auxiliary_head = FCNHead(channels[STRIDE_16], config) if config.auxiliary_weight else None
+
+    def maps(self, images: Tensor, drop: Tensor | None = None) -> list[Tensor]:
+        """Normalised images ``[B, c, H, W]`` to the maps that the heads see, strides 4 to 32."""
+        features, levels = self.model(images, drop=drop)
+        return segmentation_maps(features, levels, self.model.backbone.grid_of(images))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Images ``[B, c, H, W]``, uint8 or floats in 0..1, to logits ``[B, classes, H, W]`` in one pass.
+
+        Any size: what is missing to whole cells of stride 32 is filled with the mean colour.
+        """
+        return self.logits_of(self.normalise(images))
+
+    def logits_of(self, pixels: Tensor) -> Tensor:
+        """The same of normalised images."""
+        height, width = pixels.shape[-2:]
+        unit = 2 * self.model.backbone.config.patch_size
+        padded = F.pad(pixels, (0, -width % unit, 0, -height % unit))
+        logits = resized(self.decode_head(self.maps(padded)).float(), padded)
+        return logits[..., :height, :width]
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, inference: InferenceConfig | None = None) -> Tensor:
+        """Images ``uint8 [B, c, H, W]`` to scores ``[B, classes, H, W]``: see `heads.windows.scores`."""
+        return scores(self.logits, images, inference or InferenceConfig())
+
+    @torch.no_grad()
+    def segment(
+        self, images: Tensor, size: tuple[int, int], inference: InferenceConfig | None = None
+    ) -> Tensor:
+        """The best class of every pixel, ``long [B, height, width]`` of the given size, which may be another
+        one than that of the images ``uint8 [B, c, H, W]``."""
+        return argmax_at(self.predict(images, inference), size)
+
+
+class SegmentObjective(Segmenter):
+    """The loss of a batch.
 
     Args:
         config: with its mean and std.
@@ -30,23 +88,13 @@ class SegmentObjective(nn.Module):
     """
 
     def __init__(self, model: ModelConfig, config: SegmenterConfig, image_size: tuple[int, int]) -> None:
-        super().__init__()
-        if config.mean is None or config.std is None:
-            raise ValueError("config.mean and config.std are not settled")
-        if model.pyramid is None:
-            raise UserError("segmentation needs a pyramid: the model was made without (model.pyramid)")
+        super().__init__(model, config)
         unit = 2 * model.backbone.patch_size
         if any(side < 1 or side % unit for side in image_size):
             raise UserError(
                 f"crops of {image_size[0]} x {image_size[1]} pixels: each side must be a multiple of {unit}"
             )
-        C, width = model.backbone.shape.width, model.pyramid.width
-        channels = [width + C // 4, width + C // 2, width + C, width + C]
-        self.config, self.image_size = config, image_size
-        self.normalise = Normalise(config.mean, config.std, model.backbone.in_channels)
-        self.model = Model(model)
-        self.decode_head = UPerHead(channels, config)
-        self.auxiliary_head = FCNHead(channels[STRIDE_16], config) if config.auxiliary_weight else None
+        self.image_size = image_size
 
     @property
     def draw(self) -> RandomDrops:
@@ -85,11 +133,6 @@ class SegmentObjective(nn.Module):
             "accuracy": accuracy,
         }
 
-    def maps(self, images: Tensor, drop: Tensor | None = None) -> list[Tensor]:
-        """Normalised images ``[B, c, H, W]`` to the maps that the heads see, strides 4 to 32."""
-        features, levels = self.model(images, drop=drop)
-        return segmentation_maps(features, levels, self.model.backbone.grid_of(images))
-
     def pixel_loss(self, logits: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
         """Cross-entropy: the sum over a sample's labelled pixels over their number, then the mean over
         samples. With ``loss_over = "all"`` over the number of all its pixels, as mmseg 0.11 averages."""
@@ -98,30 +141,6 @@ class SegmentObjective(nn.Module):
             labelled.sum((1, 2)).clamp(min=1) if self.config.loss_over == "labelled" else losses[0].numel()
         )
         return (losses.sum((1, 2)) / counted).mean()
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Images ``[B, c, H, W]``, uint8 or floats in 0..1, to logits ``[B, classes, H, W]`` in one pass.
-
-        Any size: what is missing to whole cells of stride 32 is filled with the mean colour.
-        """
-        height, width = images.shape[-2:]
-        unit = 2 * self.model.backbone.config.patch_size
-        pixels = F.pad(self.normalise(images), (0, -width % unit, 0, -height % unit))
-        logits = resized(self.decode_head(self.maps(pixels)).float(), pixels)
-        return logits[..., :height, :width]
-
-    @torch.no_grad()
-    def predict(self, images: Tensor, inference: InferenceConfig | None = None) -> Tensor:
-        """Images ``uint8 [B, c, H, W]`` to scores ``[B, classes, H, W]``: see `heads.windows.scores`."""
-        return scores(self.logits, images, inference or InferenceConfig())
-
-    @torch.no_grad()
-    def segment(
-        self, images: Tensor, size: tuple[int, int], inference: InferenceConfig | None = None
-    ) -> Tensor:
-        """The best class of every pixel, ``long [B, height, width]`` of the given size, which may be another
-        one than that of the images ``uint8 [B, c, H, W]``."""
-        return argmax_at(self.predict(images, inference), size)
 
     def begin_step(self, step: int, num_steps: int) -> None:
         pass

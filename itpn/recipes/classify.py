@@ -13,7 +13,7 @@ import tyro
 from itpn.data.loader import DataConfig
 from itpn.engine.loop import LoopConfig
 from itpn.engine.optim import AdamWConfig
-from itpn.engine.schedule import CosineConfig
+from itpn.engine.schedule import ScheduleConfig
 from itpn.errors import UserError
 from itpn.heads.classify import ClassifierConfig
 from itpn.heads.finetune import FinetuneConfig
@@ -43,7 +43,7 @@ class Classify:
     """Share of the images that is held out for validation where there is no folder val."""
     optim: AdamWConfig = field(default_factory=AdamWConfig)
     layer_decay: LayerDecayConfig = field(default_factory=lambda: LayerDecayConfig(rate=1.0))
-    schedule: CosineConfig = field(default_factory=CosineConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")]
     eval_every: int = 1
     """Epochs between evaluations on the validation images; 0: only at the end."""
@@ -80,7 +80,7 @@ def itpn_pixel(*, size: Size) -> Classify:
         epochs=100 if base else 50,
         optim=AdamWConfig(base_lr=4e-4 if base else 1e-3, betas=(0.9, 0.999)),
         layer_decay=LayerDecayConfig(rate=0.60 if base else 0.55, rule="itpn"),
-        schedule=CosineConfig(warmup_epochs=5, min_lr=5e-6),
+        schedule=ScheduleConfig(warmup_epochs=5, min_lr=5e-6),
     )
 
 
@@ -104,7 +104,7 @@ def itpn_clip(*, size: Size) -> Classify:
         batch_size=1024 if base else 512,
         optim=AdamWConfig(lr=5e-4 if base else 2e-4, betas=(0.9, 0.999)),
         layer_decay=LayerDecayConfig(rate=0.60 if base else 0.55, rule="itpn"),
-        schedule=CosineConfig(warmup_epochs=20 if base else 5, min_lr=1e-6),
+        schedule=ScheduleConfig(warmup_epochs=20 if base else 5, min_lr=1e-6),
     )  # fmt: skip
     finetune = replace(recipe.finetune, mean=HALF, std=HALF)
     return replace(recipe, finetune=finetune, classifier=ClassifierConfig(init_std=0.02))
@@ -132,7 +132,7 @@ def fast_itpn(*, size: Literal["tiny", "small", "base", "large"], image_size: in
         batch_size=512 if large else 1024,
         optim=AdamWConfig(lr=5e-5 if large else 1e-4, betas=(0.9, 0.999)),
         layer_decay=LayerDecayConfig(rate=rate, rule="fast"),
-        schedule=CosineConfig(warmup_epochs=5 if long else 3, min_lr=1e-6),
+        schedule=ScheduleConfig(warmup_epochs=5 if long else 3, min_lr=1e-6),
     )  # fmt: skip
     finetune = replace(recipe.finetune, average=0.9999)
     return replace(recipe, finetune=finetune, classifier=ClassifierConfig(init_std=2e-4))
@@ -156,7 +156,7 @@ def hivit(*, size: Literal["tiny", "small", "base"]) -> Classify:
         epochs=300,
         optim=AdamWConfig(lr=1e-3, betas=(0.9, 0.999)),
         layer_decay=LayerDecayConfig(rate=1.0),
-        schedule=CosineConfig(warmup_epochs=20, start_factor=1e-3, min_lr=1e-5),
+        schedule=ScheduleConfig(warmup_epochs=20, start_factor=1e-3, min_lr=1e-5),
         clip_grad=5.0,
     )  # fmt: skip
     return replace(recipe, classifier=ClassifierConfig(pooling="mean", init_std=0.02))
@@ -176,7 +176,7 @@ def own_data(*, size: str = "itpn_base", epochs: int = 50) -> Classify:
         data=DataConfig(root=Path("data/images"), min_scale=0.2, randaugment="rand-m5-mstd0.5-inc1"),
         optim=AdamWConfig(base_lr=1e-3, betas=(0.9, 0.999)),
         layer_decay=LayerDecayConfig(rate=0.8),
-        schedule=CosineConfig(min_lr=1e-6),
+        schedule=ScheduleConfig(min_lr=1e-6),
         loop=LoopConfig(epochs=epochs, batch_size=128, clip_grad=5.0),
     )
 
@@ -194,7 +194,7 @@ def demo(*, epochs: int = 4) -> Classify:
         data=DataConfig(root=Path("data/sample/imagefolder"), min_scale=0.35),
         optim=AdamWConfig(lr=1e-3, betas=(0.9, 0.999)),
         layer_decay=LayerDecayConfig(rate=0.8),
-        schedule=CosineConfig(min_lr=1e-6),
+        schedule=ScheduleConfig(min_lr=1e-6),
         loop=LoopConfig(epochs=epochs, batch_size=64),
     )
 
@@ -205,7 +205,7 @@ def _fine_tuning(
     epochs: int,
     optim: AdamWConfig,
     layer_decay: LayerDecayConfig,
-    schedule: CosineConfig,
+    schedule: ScheduleConfig,
     batch_size: int = 1024,
     image_size: int = 224,
     clip_grad: float | None = None,

@@ -10,7 +10,7 @@ from typing import Literal
 from itpn.data.loader import DataConfig
 from itpn.engine.loop import LoopConfig
 from itpn.engine.optim import AdamWConfig
-from itpn.engine.schedule import CosineConfig
+from itpn.engine.schedule import ScheduleConfig
 from itpn.nn.hivit import HiViTConfig
 from itpn.nn.pyramid import ModelConfig, PyramidConfig
 from itpn.objectives.distill import DistillConfig
@@ -50,7 +50,7 @@ def mmpretrain_clip(*, epochs: int, as_published: bool = False) -> Pretrain:
         ),
         data=DataConfig(colour_jitter=0.4),
         optim=AdamWConfig(lr=1.5e-3, betas=(0.9, 0.999 if long else 0.98)),
-        schedule=CosineConfig(warmup_epochs=10, start_factor=1e-4, min_lr=1e-5),
+        schedule=ScheduleConfig(warmup_epochs=10, start_factor=1e-4, min_lr=1e-5),
         loop=LoopConfig(epochs=epochs, batch_size=8 * 256, clip_grad=3.0),
     )
 
@@ -83,7 +83,7 @@ def itpn_clip(*, size: Size, teacher: Literal["b", "l"], epochs: int, image_size
         objective=DistillConfig(teacher=name, target_width=width, positions="all", mean=HALF, std=HALF),
         data=DataConfig(min_scale=0.08, colour_jitter=0.4),
         optim=AdamWConfig(lr=1.5e-3, betas=(0.9, 0.98)),
-        schedule=CosineConfig(warmup_epochs=5, min_lr=1e-5),
+        schedule=ScheduleConfig(warmup_epochs=5, min_lr=1e-5),
         loop=LoopConfig(epochs=epochs, batch_size=64 * 32),
     )
 
@@ -118,7 +118,7 @@ def fast_itpn_clip(*, size: Literal["tiny", "small", "base", "large"], epochs: i
             loss="cosine",
         ),
         optim=AdamWConfig(lr=1.5e-3, betas=(0.9, 0.98)),
-        schedule=CosineConfig(warmup_epochs=10, min_lr=1e-5),
+        schedule=ScheduleConfig(warmup_epochs=10, min_lr=1e-5),
         loop=LoopConfig(epochs=epochs, batch_size=64 * 32, clip_grad=3.0),
     )
 

@@ -13,8 +13,9 @@ from itpn.errors import UserError
 if TYPE_CHECKING:
     from itpn.recipes.classify import Classify
     from itpn.recipes.pretrain import Pretrain
+    from itpn.recipes.segment import Segment
 
-Recipe: TypeAlias = "Pretrain | Classify"
+Recipe: TypeAlias = "Pretrain | Classify | Segment"
 R = TypeVar("R")
 
 
@@ -54,6 +55,7 @@ def load(path: Path) -> Recipe:
     """The recipe that a config file calls `config`; it takes its name from the file."""
     from itpn.recipes.classify import Classify
     from itpn.recipes.pretrain import Pretrain
+    from itpn.recipes.segment import Segment
 
     try:
         config = runpy.run_path(str(path)).get("config")
@@ -63,7 +65,7 @@ def load(path: Path) -> Recipe:
         ]
         where = f"{path}, line {lines[-1]}" if lines else f"{path}"
         raise UserError(f"{where}: {' '.join(str(error).split()) or type(error).__name__}") from error
-    if not isinstance(config, Pretrain | Classify):
+    if not isinstance(config, Pretrain | Classify | Segment):
         raise UserError(f"{path}: it must set `config` to a recipe of itpn.recipes, and {_what(config)}")
     return replace(config, name=path.stem)
 

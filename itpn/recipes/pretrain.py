@@ -13,7 +13,7 @@ import tyro
 from itpn.data.loader import DataConfig
 from itpn.engine.loop import LoopConfig
 from itpn.engine.optim import AdamWConfig
-from itpn.engine.schedule import CosineConfig
+from itpn.engine.schedule import ScheduleConfig
 from itpn.evaluate.knn import KnnConfig
 from itpn.nn.hivit import HiViTConfig
 from itpn.nn.pyramid import ModelConfig, PyramidConfig
@@ -33,7 +33,7 @@ class Pretrain:
     objective: PixelConfig | DistillConfig
     data: DataConfig = field(default_factory=DataConfig)
     optim: AdamWConfig = field(default_factory=AdamWConfig)
-    schedule: CosineConfig = field(default_factory=CosineConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")]
     knn: KnnConfig = field(default_factory=KnnConfig)
     init: Path | None = None
@@ -61,7 +61,7 @@ def mmpretrain_pixel(*, size: Size, epochs: int, feature_weight: float = 0.0) ->
             pyramid=PyramidConfig(init="xavier"),
         ),
         objective=PixelConfig(decoder=_mmpretrain_decoder(), features=FeaturesConfig(weight=feature_weight)),
-        schedule=CosineConfig(warmup_epochs=40, start_factor=1e-4),
+        schedule=ScheduleConfig(warmup_epochs=40, start_factor=1e-4),
         loop=LoopConfig(epochs=epochs, batch_size=8 * 512),
     )
 
@@ -77,7 +77,7 @@ def itpn_pixel(*, size: Size, epochs: int, feature_weight: float = 0.0) -> Pretr
     return Pretrain(
         model=ModelConfig(backbone=HiViTConfig(size=f"itpn_{size}")),
         objective=PixelConfig(features=FeaturesConfig(weight=feature_weight)),
-        schedule=CosineConfig(warmup_epochs=40),
+        schedule=ScheduleConfig(warmup_epochs=40),
         loop=LoopConfig(epochs=epochs, batch_size=64 * 64),
     )
 
@@ -94,7 +94,7 @@ def mae(*, size: Size, epochs: int) -> Pretrain:
     return Pretrain(
         model=ModelConfig(backbone=_mmpretrain_backbone(size), pyramid=None),
         objective=PixelConfig(decoder=_mmpretrain_decoder()),
-        schedule=CosineConfig(warmup_epochs=40, start_factor=1e-4),
+        schedule=ScheduleConfig(warmup_epochs=40, start_factor=1e-4),
         loop=LoopConfig(epochs=epochs, batch_size=8 * 512),
     )
 
@@ -111,7 +111,7 @@ def own_data(*, size: str = "itpn_base", epochs: int = 400) -> Pretrain:
         model=ModelConfig(backbone=HiViTConfig(size=size)),
         objective=PixelConfig(features=FeaturesConfig(weight=0.3)),
         data=DataConfig(root=Path("data/images")),
-        schedule=CosineConfig(),
+        schedule=ScheduleConfig(),
         loop=LoopConfig(epochs=epochs, batch_size=256),
     )
 
@@ -133,7 +133,7 @@ def demo(*, epochs: int = 15, feature_weight: float = 0.3) -> Pretrain:
         ),
         data=DataConfig(root=Path("data/sample/imagefolder")),
         optim=AdamWConfig(base_lr=4e-3),
-        schedule=CosineConfig(),
+        schedule=ScheduleConfig(),
         loop=LoopConfig(epochs=epochs, batch_size=64, picture_every=5),
         knn=KnnConfig(every=5),
     )

@@ -41,6 +41,10 @@ USUAL = {
     "pixel": Quantity(title="pixel loss", axis="mean square error"),
     "feature": Quantity(title="feature loss", axis="smooth L1, mean over stages"),
     "lr": Quantity(title="learning rate", axis="learning rate", noisy=False),
+    "miou": Quantity(title="mIoU, validation", axis="mean over classes in %", scale=100, noisy=False),
+    "pixel_accuracy": Quantity(
+        title="pixel accuracy, validation", axis="accuracy in %", scale=100, noisy=False
+    ),
     "knn_top1": Quantity(title="k-NN top-1", axis="accuracy in %", scale=100, noisy=False),
 }
 AXES = {"step": "optimiser step", "epoch": "epoch"}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from itpn.data.classes import check_same_classes, describe_balance, readable
@@ -19,8 +18,8 @@ from itpn.data.source import Images, hold_out
 from itpn.data.transforms import crop_ratio_of
 from itpn.engine.bad_files import BadFiles
 from itpn.engine.distributed import World, join_world
-from itpn.engine.loop import EpochEnd, train
-from itpn.engine.numerics import Precision, choose_precision
+from itpn.engine.loop import Interlude, train
+from itpn.engine.numerics import Precision
 from itpn.engine.run import Run
 from itpn.errors import UserError
 from itpn.evaluate.classify import Predictions, Report, predict, report, scores
@@ -31,11 +30,22 @@ from itpn.objectives.pixel import PixelConfig
 from itpn.recipes.classify import Classify
 from itpn.show.classify import confusion_picture
 from itpn.show.curves import loss_curves
-from itpn.tasks.common import batches, config_of, has_checkpoint, is_finished, open_run
+from itpn.tasks.common import (
+    BEST,
+    LAST,
+    Kept,
+    batches,
+    config_of,
+    evaluating,
+    fine_tuned,
+    has_checkpoint,
+    is_finished,
+    leaving,
+    left_out,
+    open_run,
+)
 from itpn.weights import files, loading
 from itpn.weights.files import Weights
-
-BEST, LAST = "best.safetensors", "last.safetensors"
 
 
 def classify(recipe: Classify) -> Path:
@@ -63,7 +73,8 @@ def classify(recipe: Classify) -> Path:
         elif weights:
             run.say(loading.load_backbone(objective.model.backbone, weights))
             objective.restart_average()
-        evaluation = Evaluation(recipe, objective, val, run, bad)
+        num_steps = recipe.loop.num_steps(steps)
+        evaluation = Evaluation(recipe, objective, val, run, bad, num_steps)
         trained = [name for name, parameter in objective.named_parameters() if parameter.requires_grad]
         finished = train(
             objective,
@@ -74,11 +85,11 @@ def classify(recipe: Classify) -> Path:
             schedule=recipe.schedule,
             run=run,
             bad=bad,
-            at_epoch_end=[EpochEnd(recipe.eval_every or recipe.loop.epochs, evaluation)],
+            interludes=[Interlude(recipe.eval_every or num_steps, evaluation)],
             lr_scales=lr_scales(trained, recipe.model.backbone.shape.depths, recipe.layer_decay),
         )
         if finished:
-            _finish(recipe, evaluation, recipe.loop.epochs * steps)
+            _finish(recipe, evaluation, num_steps)
         return run.directory
 
 
@@ -103,24 +114,15 @@ def splits(data: DataConfig, val_share: float) -> tuple[Images, Images]:
 def settled(recipe: Classify, num_classes: int, weights: Weights | None) -> Classify:
     """The recipe with what follows from the data and from the weights to start from: the number of classes,
     the architecture, the normalisation of images."""
-    ours = backbone = recipe.model.backbone
-    finetune = recipe.finetune
+    finetune, there = recipe.finetune, None
     mean, std = PixelConfig.mean, PixelConfig.std
     if weights is not None:
         there = weights.part("model", ModelConfig).backbone
-        backbone = replace(
-            there,
-            drop_path=ours.drop_path,
-            checkpointing=ours.checkpointing,
-            relative_resampling=ours.relative_resampling,
-            relative_position_bias=there.relative_position_bias or ours.relative_position_bias,
-        )
         mean, std = weights.statistics(mean, std)
+    backbone = fine_tuned(recipe.model.backbone, there)
     height, width = recipe.image_size
     if height == width:  # else tables keep their size, and are resampled in every forward pass
         backbone = replace(backbone, image_size=height, relative_image_size=None)
-    if backbone.in_channels != 3:
-        raise UserError("model.backbone.in_channels: images are read as 3 channels; leave it at 3 to train")
     return replace(
         recipe,
         model=ModelConfig(backbone=backbone, pyramid=None),
@@ -139,48 +141,35 @@ class Evaluation:
     """Validates at the end of epochs, and keeps the best and the last weights."""
 
     def __init__(
-        self, recipe: Classify, objective: ClassifyObjective, val: Images, run: Run, bad: BadFiles
+        self,
+        recipe: Classify,
+        objective: ClassifyObjective,
+        val: Images,
+        run: Run,
+        bad: BadFiles,
+        num_steps: int,
     ) -> None:
         self.recipe, self.objective, self.val, self.run, self.bad = recipe, objective, val, run, bad
+        self.kept = Kept(run.directory, "val_top1", num_steps)
         self.report: Report | None = None
 
-    def __call__(self, epoch: int, step: int) -> dict[str, float]:
+    def __call__(self, epoch: float, step: int) -> dict[str, float]:
         if step == 0:  # a head that has learned nothing says nothing
             return {}
         model, normalise = self.objective.evaluated.eval(), self.objective.normalise
-
-        def on_bad(error: BadImageError) -> None:
-            self.bad.met(error.path, error.reason, replaced=False)
-
         found = validate(
-            lambda images: model(normalise(images)), self.recipe, self.val, self.run.world, on_bad
+            lambda images: model(normalise(images)),
+            self.recipe,
+            self.val,
+            self.run.world,
+            partial(left_out, self.bad),
         )
-        self.report = report(found, self.val.class_names or ())
+        class_names = self.val.class_names or ()
+        self.report = report(found, class_names)
         if self.run.world.is_main:
-            self._keep(epoch)
+            config = portable_config(self.recipe, class_names)
+            self.kept.offer(model, config, epoch, step, scores(self.report))
         return scores(self.report)
-
-    def _keep(self, epoch: int) -> None:
-        assert self.report is not None
-        measured = {"epoch": epoch, **scores(self.report)}
-        best = files.read_if_ours(self.run.directory / BEST)
-        before = best.config.get("measured", {}) if best else {}
-        better = measured["val_top1"] > before.get("val_top1", -1)
-        if better or before.get("epoch", 0) >= epoch:  # a later one is of a future that was gone back from
-            self._save(BEST, measured)
-        if epoch == self.recipe.loop.epochs:
-            self._save(LAST, measured)
-
-    def _save(self, name: str, measured: dict[str, float]) -> None:
-        config = portable_config(self.recipe, self.val.class_names or ()) | {"measured": measured}
-        tensors = {key: tensor.cpu() for key, tensor in self.objective.evaluated.state_dict().items()}
-        try:
-            files.save(self.run.directory / name, tensors, config)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"cannot write {self.run.directory / name} ({error}); "
-                "make room and give the same command again"
-            ) from error
 
 
 def portable_config(recipe: Classify, class_names: tuple[str, ...]) -> dict[str, Any]:
@@ -193,10 +182,9 @@ def in_precision(
     call: Callable[[Tensor], Tensor], precision: Precision, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
     """A model's forward pass as evaluations call it: without gradient, in the precision of training."""
-    dtype = choose_precision(precision, device)
 
     def run(images: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with evaluating(precision, device):
             return call(images).float()
 
     return run
@@ -244,20 +232,15 @@ def _finish(recipe: Classify, evaluation: Evaluation, step: int) -> None:
     if not run.world.is_main:
         return
     directory = run.directory
-    try:
+    with leaving(directory):
         if found is not None:
             write_report(found, evaluation.val.class_names or (), directory)
         keys = ("loss", "accuracy", "val_top1", "val_loss")
         loss_curves({recipe.name: [directory / "metrics.jsonl"]}, run.pictures / "curves.png", keys)
-    except OSError as error:
-        raise UserError(
-            f"cannot write what the run leaves in {directory} ({error}); "
-            "make room and give the same command again"
-        ) from error
     run.finish(step)
-    best = files.read(directory / BEST).config["measured"]
+    best = evaluation.kept.best
     run.say(
-        f"finished: {directory / BEST} is of epoch {best['epoch']}, {best['val_top1']:.1%} top-1; "
+        f"finished: {directory / BEST} is of epoch {best['epoch']:g}, {best['val_top1']:.1%} top-1; "
         f"{LAST} beside it"
     )
     run.say(f"look first at {run.pictures / 'confusion.png'} and curves.png")

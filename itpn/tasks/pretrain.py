@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from PIL.Image import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from itpn.data.classes import check_same_classes
@@ -19,7 +18,7 @@ from itpn.data.source import Images
 from itpn.data.transforms import center_crop
 from itpn.engine.bad_files import BadFiles
 from itpn.engine.distributed import World, join_world
-from itpn.engine.loop import EpochEnd, train
+from itpn.engine.loop import Interlude, train
 from itpn.engine.run import Run
 from itpn.errors import UserError
 from itpn.evaluate.knn import knn
@@ -32,7 +31,7 @@ from itpn.objectives.teacher import build_teacher
 from itpn.recipes.pretrain import Pretrain
 from itpn.show.curves import loss_curves
 from itpn.show.reconstruction import distillation_picture, reconstruction_picture
-from itpn.tasks.common import batches, config_of, has_checkpoint, is_finished, open_run
+from itpn.tasks.common import batches, config_of, has_checkpoint, is_finished, leaving, open_run
 from itpn.weights import files, loading
 from itpn.weights.convert import read_foreign
 
@@ -74,13 +73,13 @@ def pretrain(recipe: Pretrain) -> Path:
             schedule=recipe.schedule,
             run=run,
             bad=bad,
-            at_epoch_end=[
+            interludes=[
                 _pictures(recipe, images, objective, world),
                 _knn(recipe, images, objective, world, bad),
             ],
         )
         if finished:
-            _finish(recipe, objective, run, recipe.loop.epochs * steps)
+            _finish(recipe, objective, run, recipe.loop.num_steps(steps))
         return run.directory
 
 
@@ -149,11 +148,11 @@ def _pictured(recipe: Pretrain, images: Images) -> Tensor:
     return torch.stack(pixels) if pixels else torch.empty(0)
 
 
-def _pictures(recipe: Pretrain, images: Images, objective: Objective, world: World) -> EpochEnd:
+def _pictures(recipe: Pretrain, images: Images, objective: Objective, world: World) -> Interlude:
     """What becomes of the same images under the same masks every time."""
     pixels = _pictured(recipe, images) if recipe.loop.picture_every else torch.empty(0)
 
-    def draw(epoch: int, step: int) -> dict[str, Image]:
+    def draw(epoch: float, step: int) -> dict[str, Image]:
         generator = torch.Generator().manual_seed(recipe.loop.seed)
         shown = pixels.to(world.device)
         match objective:
@@ -162,7 +161,7 @@ def _pictures(recipe: Pretrain, images: Images, objective: Objective, world: Wor
             case DistillObjective():
                 return {"distillation": comparison_of(objective, shown, generator)}
 
-    return EpochEnd(recipe.loop.picture_every if len(pixels) else 0, draw)
+    return Interlude(recipe.loop.picture_every if len(pixels) else 0, draw)
 
 
 def picture_of(
@@ -208,10 +207,10 @@ def comparison_of(objective: DistillObjective, images: Tensor, generator: torch.
     )
 
 
-def _knn(recipe: Pretrain, images: Images, objective: Objective, world: World, bad: BadFiles) -> EpochEnd:
+def _knn(recipe: Pretrain, images: Images, objective: Objective, world: World, bad: BadFiles) -> Interlude:
     """k-NN on the mean of stage 3's tokens; the folders are checked now, before hours of training."""
     if not recipe.knn.every:
-        return EpochEnd(0, lambda epoch, step: {})
+        return Interlude(0, lambda epoch, step: {})
     root = recipe.knn.root or recipe.data.root
     train_images = find_images(root, "train") if recipe.knn.root or recipe.data.list else images
     val_images = find_images(root, "val")
@@ -221,7 +220,7 @@ def _knn(recipe: Pretrain, images: Images, objective: Objective, world: World, b
         tokens: Tensor = objective.model.backbone(objective.normalise(pixels)).c16
         return tokens.mean(1)
 
-    def evaluate(epoch: int, step: int) -> dict[str, float]:
+    def evaluate(epoch: float, step: int) -> dict[str, float]:
         objective.eval()
         return knn(
             pooled,
@@ -236,7 +235,7 @@ def _knn(recipe: Pretrain, images: Images, objective: Objective, world: World, b
             on_bad=lambda error: bad.met(error.path, error.reason, replaced=False),
         )
 
-    return EpochEnd(recipe.knn.every, evaluate)
+    return Interlude(recipe.knn.every, evaluate)
 
 
 def _finish(recipe: Pretrain, objective: Objective, run: Run, step: int) -> None:
@@ -246,14 +245,9 @@ def _finish(recipe: Pretrain, objective: Objective, run: Run, step: int) -> None
     tensors = {name: tensor for name, tensor in portable.items() if name.startswith(files.MODEL_PARTS)}
     if not run.world.is_main:
         return
-    try:
+    with leaving(run.directory):
         files.save(path, tensors, config_of(recipe))
         loss_curves({recipe.name: [metrics]}, run.pictures / "curves.png")
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot write what the run leaves in {run.directory} ({error}); "
-            "make room and give the same command again"
-        ) from error
     run.finish(step)
     run.say(f"finished: {path} holds backbone and pyramid")
     seen = "reconstruction" if isinstance(objective, PixelObjective) else "distillation"

@@ -1,12 +1,14 @@
 """`itpn replay`: a run's step that went wrong, taken again."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from itpn.data.images import find_images
+from itpn.data.segmentation import find_splits
 from itpn.data.source import Images
 from itpn.engine import replay
 from itpn.engine.device_batch import Batch
@@ -14,10 +16,12 @@ from itpn.engine.distributed import DeviceName, World, choose_device
 from itpn.engine.numerics import set_numerics
 from itpn.engine.replay import BadStep
 from itpn.heads.finetune import ClassifyObjective
+from itpn.heads.segment import SegmentObjective
 from itpn.recipes.classify import Classify
 from itpn.recipes.lookup import Recipe
 from itpn.recipes.pretrain import Pretrain
-from itpn.tasks import classify, common, pretrain
+from itpn.recipes.segment import Segment
+from itpn.tasks import classify, common, pretrain, segment
 from itpn.weights import files
 
 
@@ -36,19 +40,33 @@ def replay_step(
     kept = directory if (directory / replay.STEP).is_file() else directory / "replay"
     before = replay.read(kept)
     weights = files.read(kept / replay.MODEL)
-    finetunes = "classifier" in weights.config
-    recipe: Recipe = weights.recipe(Classify) if finetunes else weights.recipe(Pretrain)
-    if root is not None:
-        recipe = replace(recipe, data=replace(recipe.data, root=root))
-    objective: ClassifyObjective | pretrain.Objective
+    recipe: Recipe
+    if "classifier" in weights.config:
+        recipe = weights.recipe(Classify)
+    elif "segmenter" in weights.config:
+        recipe = weights.recipe(Segment)
+    else:
+        recipe = weights.recipe(Pretrain)
+    objective: ClassifyObjective | SegmentObjective | pretrain.Objective
+    images: Images
+    samples: Callable[..., Iterator[Batch]]
     match recipe:
         case Pretrain():
+            recipe = replace(recipe, data=replace(recipe.data, root=root or recipe.data.root))
             images = find_images(recipe.data.root, "train", recipe.data.list)
             objective = pretrain.build(recipe)
             pretrain.teach(objective)
+            samples = partial(common.batches, recipe, images, objective.draw)
         case Classify():
+            recipe = replace(recipe, data=replace(recipe.data, root=root or recipe.data.root))
             images, _ = classify.splits(recipe.data, recipe.val_share)
             objective = classify.build(recipe)
+            samples = partial(common.batches, recipe, images, objective.draw)
+        case Segment():
+            recipe = replace(recipe, data=replace(recipe.data, root=root or recipe.data.root))
+            images, _ = find_splits(recipe.data, recipe.val_share)
+            objective = segment.build(recipe)
+            samples = partial(segment.crops, recipe, images, objective.draw)
     for block in objective.compile_blocks() if recipe.loop.compile else ():
         block.compile()
     device = choose_device(device_name)
@@ -56,6 +74,6 @@ def replay_step(
 
     def batches(rank: int) -> Iterator[Batch]:
         world = World(rank, len(before.losses), device)
-        return common.batches(recipe, images, objective.draw, world, None, before.step, before.micro_batch)
+        return samples(world, None, before.step, before.micro_batch)
 
     return before, replay.again(objective, kept, batches, device), images

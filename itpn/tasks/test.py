@@ -1,4 +1,4 @@
-"""Testing weights on labelled images: a classifier as it is, or what its frozen features are worth."""
+"""Testing weights on labelled images: a fine-tuned model as it is, or what frozen features are worth."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -6,9 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from PIL.Image import Image
 from torch import Tensor
 
 from itpn.data.picture import BadImageError
+from itpn.data.segmentation import find_splits
 from itpn.data.source import Images
 from itpn.data.transforms import crop_ratio_of
 from itpn.engine.distributed import World
@@ -16,11 +18,14 @@ from itpn.errors import UserError, printable
 from itpn.evaluate.classify import Predictions, Report, report
 from itpn.evaluate.knn import KnnConfig, knn
 from itpn.evaluate.linear import LinearConfig, linear_probe
-from itpn.models import ClassifierModel, FeatureModel
+from itpn.evaluate.segment import SegmentationScores, evaluate_segmentation
+from itpn.models import ClassifierModel, FeatureModel, SegmenterModel
 from itpn.nn.normalise import Normalise
 from itpn.recipes.classify import Classify
-from itpn.recipes.lookup import Recipe
+from itpn.recipes.pretrain import Pretrain
+from itpn.recipes.segment import Segment
 from itpn.tasks.classify import in_precision, splits, validate
+from itpn.tasks.segment import compared, labeller
 from itpn.weights.files import Weights
 
 Protocol = Literal["finetuned", "linear", "knn"]
@@ -43,19 +48,48 @@ def test_classifier(
     _, val = splits(recipe.data, recipe.val_share)
     model = ClassifierModel.from_weights(weights, **_sized(recipe)).to(world.device)
     class_names = val.class_names or ()
-    if model.classes is not None and model.classes != class_names:
-        theirs, ours = set(model.classes) - set(class_names), set(class_names) - set(model.classes)
-        raise UserError(
-            f"{weights.path} tells other classes apart than {recipe.data.root} has; only in the file: "
-            f"{_some(theirs)}; only in the images: {_some(ours)}"
-        )
+    _check_classes(model.classes, class_names, weights, recipe)
     normalise = _normalise(model).to(world.device)
     found = validate(lambda images: model(normalise(images)), recipe, val, world, on_bad, progress="testing")
     return report(found, class_names), found, val
 
 
+def test_segmenter(
+    recipe: Segment, weights: Weights, world: World, on_bad: OnBad
+) -> tuple[SegmentationScores, Image | None]:
+    """A file's segmenter on the recipe's validation images, every pixel once over all ranks, looked at as the
+    recipe says; and a few of its answers as a picture.
+
+    Raises:
+        UserError: the file holds no segmenter, or one of other classes than the images have.
+    """
+    if "decode_head" not in weights.parts:
+        raise UserError(
+            f"{weights.path} holds no segmenter; fine-tune it first (itpn train CONFIG --init {weights.path})"
+        )
+    _, val = find_splits(recipe.data, recipe.val_share)
+    model = SegmenterModel.from_weights(weights).to(world.device)
+    _check_classes(model.classes, val.labelling.class_names, weights, recipe)
+    labels = labeller(model, recipe.inference, recipe.loop.precision, world.device)
+    found = evaluate_segmentation(
+        labels,
+        val,
+        recipe.data,
+        device=world.device,
+        rank=world.rank,
+        world_size=world.size,
+        on_bad=on_bad,
+    )
+    picture = compared(labels, val, recipe.data, world.device) if world.is_main else None
+    return found, picture
+
+
 def test_features(
-    recipe: Recipe, weights: Weights, protocol: Literal["linear", "knn"], world: World, on_bad: OnBad
+    recipe: Pretrain | Classify,
+    weights: Weights,
+    protocol: Literal["linear", "knn"],
+    world: World,
+    on_bad: OnBad,
 ) -> dict[str, float]:
     """What a linear classifier or nearest neighbours make of the mean of a frozen backbone's tokens."""
     train, val = splits(recipe.data, recipe.val_share if isinstance(recipe, Classify) else 0.1)
@@ -106,7 +140,18 @@ def write_numbers(numbers: dict[str, float], directory: Path) -> Path:
     return path
 
 
-def _sized(recipe: Recipe) -> dict[str, int]:
+def _check_classes(
+    theirs: tuple[str, ...] | None, ours: tuple[str, ...], weights: Weights, recipe: Classify | Segment
+) -> None:
+    if theirs not in (None, ours):
+        here, there = set(ours), set(theirs or ())
+        raise UserError(
+            f"{weights.path} tells other classes apart than {recipe.data.root} has; only in the file: "
+            f"{_some(there - here)}; only in the images: {_some(here - there)}"
+        )
+
+
+def _sized(recipe: Pretrain | Classify) -> dict[str, int]:
     """The field of a square image size; other sizes resample position tables in every forward pass."""
     height, width = recipe.image_size
     return {"image_size": height} if height == width else {}

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from itpn.engine import checkpoint
 from itpn.errors import UserError, printable
 from itpn.heads.classify import Classifier, ClassifierConfig
+from itpn.heads.segment import Segmenter
+from itpn.heads.upernet import SegmenterConfig
 from itpn.nn.hivit import LARGEST, HiViT
 from itpn.nn.pyramid import Model, ModelConfig
 from itpn.objectives.distill import DistillConfig, DistillObjective
@@ -30,6 +32,8 @@ T = TypeVar("T")
 NOWHERE = Path("(in memory)")
 FOREIGN = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".tar")
 MODEL_PARTS = ("backbone.", "pyramid.")
+COUNTER = "num_batches_tracked"
+"""Of batch norms: a whole number, which nothing here depends on and no file of weights keeps."""
 NANO = Path(__file__).parents[1] / "data" / "nano.safetensors"
 """A nano model pre-trained on the bundled sample, with its decoder (its card is nano.md beside it)."""
 _converter = cattrs.Converter(forbid_extra_keys=True)
@@ -80,23 +84,36 @@ class Weights:
 
     def input_size(self) -> tuple[int, int] | None:
         """Height and width in pixels of the images that a fine-tuned model wants; None if it does not say."""
+        return self._pixels("image_size", "[height, width]")
+
+    def scale(self) -> tuple[int, int] | None:
+        """Pixels that a segmenter's images are scaled to, the shorter side and at most the longer; None if it
+        does not say."""
+        return self._pixels("scale", "[shorter, longer]")
+
+    def _pixels(self, name: str, what: str) -> tuple[int, int] | None:
         given = self.config.get("input")
-        size = given.get("image_size") if isinstance(given, dict) else None
+        size = given.get(name) if isinstance(given, dict) else None
         match size:
             case None:
                 return None
-            case [height, width] if all(type(side) is int and 0 < side <= LARGEST for side in size):
-                return height, width
-        raise UserError(f"{self.path}: its image size is {printable(size)[:100]}, not [height, width]")
+            case [first, second] if all(type(side) is int and 0 < side <= LARGEST for side in size):
+                return first, second
+        raise UserError(f"{self.path}: its {name.replace('_', ' ')} is {printable(size)[:100]}, not {what}")
 
     def class_names(self) -> tuple[str, ...] | None:
-        """The names of a classifier's classes, by class id; None if it does not say."""
+        """The names of a classifier's or segmenter's classes, by class id; None if it does not say."""
         names = self.config.get("classes")
         if names is None:
             return None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"{self.path}: its classes are no list of names")
-        count = self.part("classifier", ClassifierConfig).num_classes
+        head: ClassifierConfig | SegmenterConfig
+        if "segmenter" in self.config:
+            head = self.part("segmenter", SegmenterConfig)
+        else:
+            head = self.part("classifier", ClassifierConfig)
+        count = head.num_classes
         if len(names) != count:
             raise UserError(f"{self.path}: it names {len(names):,} classes and tells {count:,} apart")
         return tuple(names)
@@ -128,7 +145,7 @@ def portable(objective: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     return {
         name.removeprefix("model."): tensor
         for name, tensor in checkpoint.model_tensors(objective, keep=keep).items()
-        if not name.endswith("decoder.position")
+        if not name.endswith(("decoder.position", COUNTER))
     }
 
 
@@ -167,7 +184,7 @@ def read(path: Path) -> Weights:
         )
     try:
         with safe_open(file_path, framework="pt") as file:
-            names = list(file.keys())
+            names = [name for name in file.keys() if not name.endswith(COUNTER)]  # noqa: SIM118
             tensors = {name.removeprefix("model."): file.get_tensor(name) for name in names}
             metadata = file.metadata() or {}
             if len(tensors) < len(names):
@@ -218,11 +235,13 @@ def read_if_ours(path: Path) -> Weights | None:
 
 def module_of(weights: Weights) -> nn.Module:
     """What the file holds, built from its config with starting weights: backbone and pyramid alone, or with
-    what pre-training or a classifier adds to them. Its state has the file's names, some with `model.` in
-    front."""
+    what pre-training, a classifier or a segmenter adds to them. Its state has the file's names, some with
+    `model.` in front."""
     model = weights.part("model", ModelConfig)
     if "classifier" in weights.config:
         return Classifier(HiViT(model.backbone), weights.part("classifier", ClassifierConfig))
+    if "decode_head" in weights.parts:
+        return Segmenter(model, weights.part("segmenter", SegmenterConfig))
     if weights.parts <= {"backbone", "pyramid"}:
         return Model(model)
     return build_objective(model, weights.part("objective", kind_of(weights.config.get("objective"))))
@@ -246,7 +265,8 @@ def misfits(weights: Weights, module: nn.Module | None = None) -> list[str]:
         with torch.device("meta"):
             module = module_of(weights)
     own = {name.removeprefix("model."): tensor for name, tensor in module.state_dict().items()}
-    names = [name for name in {**own, **weights.tensors} if not name.endswith("decoder.position")]
+    derived = ("decoder.position", COUNTER)
+    names = [name for name in {**own, **weights.tensors} if not name.endswith(derived)]
     names += [name for name in weights.tensors if name.endswith("decoder.position")]
     return [
         f"{name} is {shape_of(weights.tensors.get(name))} there, {shape_of(own.get(name))} here"

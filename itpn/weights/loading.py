@@ -10,7 +10,7 @@ from torch import nn
 from itpn.errors import UserError
 from itpn.nn.hivit import HiViT, HiViTConfig
 from itpn.nn.positions import resample_axis, resample_relative, resample_table
-from itpn.nn.pyramid import ModelConfig
+from itpn.nn.pyramid import Model, ModelConfig
 from itpn.objectives.distill import DistillConfig, DistillObjective
 from itpn.objectives.pixel import PixelConfig, PixelObjective
 from itpn.weights.files import MODEL_PARTS, Weights, kind_of, misfits, shape_of
@@ -147,12 +147,48 @@ def load_backbone(backbone: HiViT, weights: Weights) -> str:
     Raises:
         UserError: a tensor is missing, unknown, or has another shape.
     """
-    prefix, there = "backbone.", weights.part("model", ModelConfig).backbone
-    resized = resampled(weights, backbone.config)
+    added, num_tensors = _load_parts({"backbone": backbone}, backbone.config, weights)
+    left = sorted(weights.parts - {"backbone"})
+    return (
+        f"loaded the backbone from {weights.path}, {num_tensors} tensors; the head starts anew"
+        f"{added}{'; left out: ' + ', '.join(left) if left else ''}"
+    )
+
+
+def load_model(model: Model, weights: Weights, *, pyramid: bool = True) -> str:
+    """Load a file's backbone and the whole pyramid, or the backbone alone, and say in one line how much of
+    the model came from the file; otherwise like `load_backbone`.
+
+    Raises:
+        UserError: a tensor is missing, unknown, or has another shape; there is no pyramid.
+    """
+    parts: dict[str, nn.Module] = {"backbone": model.backbone}
+    if pyramid and model.pyramid is not None:
+        parts["pyramid"] = model.pyramid
+    added, _ = _load_parts(parts, model.backbone.config, weights)
+    shares = []
+    for name, part in (("backbone", model.backbone), ("pyramid", model.pyramid)):
+        total = 0 if part is None else sum(parameter.numel() for parameter in part.parameters())
+        shares.append(f"{total if name in parts else 0:,} of the {name}'s {total:,} parameters")
+    left = sorted(weights.parts - parts.keys())
+    return (
+        f"loaded {' and '.join(shares)} from {weights.path}; heads start anew{added}"
+        f"{'; left out: ' + ', '.join(left) if left else ''}"
+    )
+
+
+def _load_parts(parts: Mapping[str, nn.Module], backbone: HiViTConfig, weights: Weights) -> tuple[str, int]:
+    """Every tensor of the parts from those of the same names; what to add of relative positions, and how many
+    tensors there were."""
+    if missing := parts.keys() - weights.parts:
+        raise UserError(f"--init {weights.path}: it holds no {' and no '.join(sorted(missing))}")
+    there = weights.part("model", ModelConfig).backbone
     tensors = {
-        name.removeprefix(prefix): value for name, value in resized.tensors.items() if name.startswith(prefix)
+        name: value
+        for name, value in resampled(weights, backbone).tensors.items()
+        if name.split(".")[0] in parts
     }
-    own = backbone.state_dict()
+    own = {f"{part}.{name}": value for part in parts for name, value in parts[part].state_dict().items()}
     added = [name for name in own if ".relative_position" in name and not there.relative_position_bias]
     wrong = [
         f"{name} is {shape_of(tensors.get(name))} there, {shape_of(own.get(name))} here"
@@ -161,14 +197,13 @@ def load_backbone(backbone: HiViT, weights: Weights) -> str:
     ]
     if wrong:
         raise UserError(
-            f"--init {weights.path}: {len(wrong)} tensors do not fit the backbone ({'; '.join(wrong[:3])})"
+            f"--init {weights.path}: {len(wrong)} tensors do not fit the {' and '.join(parts)} "
+            f"({'; '.join(wrong[:3])})"
         )
-    backbone.load_state_dict(own | tensors)
-    left = sorted(weights.parts - {"backbone"})
-    return (
-        f"loaded the backbone from {weights.path}, {len(tensors)} tensors; the head starts anew"
-        f"{', relative positions at zero' if added else ''}{'; left out: ' + ', '.join(left) if left else ''}"
-    )
+    for part, module in parts.items():
+        state = {name: tensors.get(f"{part}.{name}", value) for name, value in module.state_dict().items()}
+        module.load_state_dict(state)
+    return ", relative positions at zero" if added else "", len(tensors)
 
 
 def load_exactly(module: nn.Module, weights: Weights) -> None:

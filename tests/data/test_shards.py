@@ -28,7 +28,7 @@ from itpn.data.randomness import block_permutation
 from itpn.data.sample_cutouts import load_cutouts
 from itpn.data.source import Images
 from itpn.engine.loop import LoopConfig
-from itpn.engine.schedule import CosineConfig
+from itpn.engine.schedule import ScheduleConfig
 from itpn.errors import UserError
 from itpn.evaluate.knn import KnnConfig, knn
 from itpn.recipes.pretrain import Pretrain
@@ -406,7 +406,7 @@ def test_pretraining_on_shards_and_exact_resume(sample: tuple[Path, Path], tmp_p
         model=toy.model.config,
         objective=toy.config,
         data=DataConfig(root=sample[1], workers=0),
-        schedule=CosineConfig(),
+        schedule=ScheduleConfig(),
         loop=loop,
         knn=KnnConfig(every=1, k=3),
     )

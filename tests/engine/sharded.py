@@ -11,10 +11,10 @@ import torch
 
 from itpn import cli
 from itpn.engine.distributed import World, join_world
-from itpn.engine.loop import EpochEnd, LoopConfig, train
+from itpn.engine.loop import Interlude, LoopConfig, train
 from itpn.engine.optim import AdamWConfig
 from itpn.engine.run import Run
-from itpn.engine.schedule import CosineConfig
+from itpn.engine.schedule import ScheduleConfig
 from tests.toys import toy_batch, toy_objective
 
 BATCH_SIZE, STEPS_PER_EPOCH, STOP = 8, 4, 7
@@ -67,9 +67,9 @@ def pretrain(directory: Path, world: World, model=None, **fields):
         steps_per_epoch=STEPS_PER_EPOCH,
         loop=loop,
         optim=AdamWConfig(lr=3e-3),
-        schedule=CosineConfig(warmup_epochs=1),
+        schedule=ScheduleConfig(warmup_epochs=1),
         run=Run(directory, {}, world),
-        at_epoch_end=[EpochEnd(1, evaluate)],
+        interludes=[Interlude(1, evaluate)],
     )
     return model
 

@@ -11,7 +11,7 @@ from itpn.engine.run import Run
 
 def written(run: Run, start: int, end: int, offset: float = 0.0, state: dict | None = None) -> dict:
     """Logs steps; the state that a checkpoint at step 3 would keep."""
-    log = Log(run, num_steps=6, steps_per_epoch=2, batch_size=8, log_every=2)
+    log = Log(run, num_steps=6, steps_per_epoch=2, period=2, batch_size=8, log_every=2)
     if state:
         log.load_state_dict(state)
     log.begin(start)
@@ -54,7 +54,7 @@ def test_going_back_forgets_later_steps(tmp_path: Path) -> None:
 
 def test_numbers_that_json_does_not_know(tmp_path: Path) -> None:
     run = Run(tmp_path, {}, World(0, 1, torch.device("cpu")))
-    log = Log(run, num_steps=6, steps_per_epoch=2, batch_size=8, log_every=2)
+    log = Log(run, num_steps=6, steps_per_epoch=2, period=2, batch_size=8, log_every=2)
     log.begin(0)
     log.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "lr": 0.5})
     line = (tmp_path / "metrics.jsonl").read_text()

@@ -132,14 +132,14 @@ def test_a_gradient_that_is_not_finite_stops(tmp_path: Path) -> None:
 
 
 def test_evaluations_at_the_start_and_after_epochs_are_logged_once(tmp_path: Path) -> None:
-    def evaluate(epoch: int, step: int) -> dict[str, float | Image.Image]:
+    def evaluate(epoch: float, step: int) -> dict[str, float | Image.Image]:
         toy.eval()
-        return {"score": epoch + step / 100, "view": Image.new("RGB", (4, 3), (10 * epoch, 0, 0))}
+        return {"score": epoch + step / 100, "view": Image.new("RGB", (4, 3), (10 * int(epoch), 0, 0))}
 
     toy = Toy()
-    toy_train(tmp_path, toy=toy, at_epoch_end=[evaluate], max_steps=6)
+    toy_train(tmp_path, toy=toy, interludes=[evaluate], max_steps=6)
     assert toy.training
-    toy_train(tmp_path, at_epoch_end=[evaluate])
+    toy_train(tmp_path, interludes=[evaluate])
     assert [line["score"] for line in metrics(tmp_path) if "score" in line] == [0, 1.04, 2.08]
     views = sorted((tmp_path / "pictures").iterdir())
     assert [path.name for path in views] == ["view-0000.png", "view-0001.png", "view-0002.png"]
@@ -148,15 +148,36 @@ def test_evaluations_at_the_start_and_after_epochs_are_logged_once(tmp_path: Pat
     assert [event.step for event in board.Images("view")] == [0, 4, 8]
 
 
+def test_a_run_of_iterations_is_counted_in_steps(tmp_path: Path) -> None:
+    def evaluate(epoch: float, step: int) -> dict[str, float | Image.Image]:
+        return {"score": epoch, "view": Image.new("RGB", (4, 3))}
+
+    fields = {"epochs": None, "iterations": 7, "checkpoint_every": 3, "keep_last": 9}
+    toy_train(tmp_path, interludes=[evaluate], every=2, max_steps=5, **fields)
+    toy_train(tmp_path, interludes=[evaluate], every=2, **fields)
+    scores = [(line["step"], line["score"]) for line in metrics(tmp_path) if "score" in line]
+    assert scores == [(step, step / 4) for step in (0, 2, 4, 6, 7)]
+    names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert names == [f"view-000{step}.png" for step in (0, 2, 4, 6, 7)]
+    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.is_dir())
+    assert kept == [2, 3, 4, 5, 6, 7]  # those of evaluations, of checkpoint_every, and where it stopped
+
+
+@pytest.mark.parametrize("fields", [{"epochs": None}, {"iterations": 8}, {"epochs": None, "iterations": 0}])
+def test_either_epochs_or_iterations(tmp_path: Path, fields: dict[str, int | None]) -> None:
+    with pytest.raises(UserError, match="--iterations"):
+        toy_train(tmp_path, **fields)
+
+
 def test_a_start_that_left_no_checkpoint_is_forgotten(tmp_path: Path) -> None:
-    def crash(epoch: int, step: int) -> dict[str, float]:
+    def crash(epoch: float, step: int) -> dict[str, float]:
         if epoch == 1:
             raise RuntimeError
         return {"score": float(epoch)}
 
     with pytest.raises(RuntimeError):
-        toy_train(tmp_path, at_epoch_end=[crash])
-    toy_train(tmp_path, at_epoch_end=[lambda epoch, step: {"score": float(epoch)}])
+        toy_train(tmp_path, interludes=[crash])
+    toy_train(tmp_path, interludes=[lambda epoch, step: {"score": float(epoch)}])
     assert [line["score"] for line in metrics(tmp_path) if "score" in line] == [0, 1, 2]
 
 

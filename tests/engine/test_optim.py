@@ -12,7 +12,7 @@ from itpn.engine.distributed import World
 from itpn.engine.loop import LoopConfig, train
 from itpn.engine.optim import AdamWConfig, adamw, parameter_groups
 from itpn.engine.run import Run
-from itpn.engine.schedule import CosineConfig
+from itpn.engine.schedule import ScheduleConfig
 from itpn.errors import UserError
 from itpn.nn.hivit import HiViTConfig
 from itpn.nn.pyramid import ModelConfig, PyramidConfig
@@ -109,7 +109,7 @@ def train_toy(directory: Path, scales: dict[str, float] | None, **fields) -> Toy
         steps_per_epoch=STEPS_PER_EPOCH,
         loop=loop,
         optim=OPTIM,
-        schedule=CosineConfig(warmup_epochs=0),
+        schedule=ScheduleConfig(warmup_epochs=0),
         run=Run(directory, {}, world),
         lr_scales=scales,
     )

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from itpn.engine.distributed import World
-from itpn.engine.loop import EpochEnd, LoopConfig, train
+from itpn.engine.loop import Interlude, LoopConfig, train
 from itpn.engine.optim import AdamWConfig
 from itpn.engine.run import Run
-from itpn.engine.schedule import CosineConfig
+from itpn.engine.schedule import ScheduleConfig
 
 NUM_IMAGES, STEPS_PER_EPOCH = 48, 4
 OPTIM = AdamWConfig(lr=0.01)
-SCHEDULE = CosineConfig(warmup_epochs=1)
+SCHEDULE = ScheduleConfig(warmup_epochs=1)
 
 
 class Toy(nn.Module):
@@ -65,7 +65,13 @@ def toy_batches(world: World, batch_size: int):
 
 
 def toy_train(
-    directory: Path, *, world: World | None = None, toy: Toy | None = None, at_epoch_end=(), **fields
+    directory: Path,
+    *,
+    world: World | None = None,
+    toy: Toy | None = None,
+    interludes=(),
+    every: int = 1,
+    **fields,
 ) -> Toy:
     """Two epochs of four steps, two micro-steps each, unless `fields` of LoopConfig say otherwise."""
     world = world or World(0, 1, torch.device("cpu"))
@@ -81,6 +87,6 @@ def toy_train(
         optim=OPTIM,
         schedule=SCHEDULE,
         run=Run(directory, {"loop": {"epochs": loop.epochs}}, world),
-        at_epoch_end=[EpochEnd(1, call) for call in at_epoch_end],
+        interludes=[Interlude(every, call) for call in interludes],
     )
     return toy

@@ -9,7 +9,7 @@ from itpn.engine.distributed import World, join_world
 from itpn.engine.loop import LoopConfig, train
 from itpn.engine.optim import AdamWConfig
 from itpn.engine.run import Run
-from itpn.engine.schedule import CosineConfig
+from itpn.engine.schedule import ScheduleConfig
 from tests.toys import toy_detector, toy_scenes
 
 BATCH_SIZE = 4
@@ -39,7 +39,7 @@ def fine_tune(directory: Path, world: World, **fields) -> None:
         steps_per_epoch=4,
         loop=loop,
         optim=AdamWConfig(lr=1e-4),
-        schedule=CosineConfig(warmup_epochs=0),
+        schedule=ScheduleConfig(warmup_epochs=0),
         run=Run(directory, {}, world),
     )
 

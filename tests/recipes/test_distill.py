@@ -23,7 +23,11 @@ from itpn.recipes.lookup import config_files, load, packaged
 from itpn.recipes.pretrain import Pretrain
 from tests.toys import toy_batch
 
-FILES = {name: path for name, path in config_files(packaged()).items() if "-clip-" in name}
+FILES = {
+    name: path
+    for name, path in config_files(packaged()).items()
+    if path.parent.name == "itpn" and "-clip-" in name
+}
 NAME = re.compile(
     r"(?P<fast>fast-)?itpn-clip-(?P<teacher>[bl])_(?P<family>hivit|itpn|fast_itpn)-(?P<size>\w+)-p16"
     r"(-(?P<pixels>\d+)px)?_(?P<gpus>\d+)xb(?P<per_gpu>\d+)-amp-coslr-(?P<epochs>\d+)e_in1k(?P<odd>-as-published)?"

@@ -18,7 +18,11 @@ from itpn.recipes.lookup import config_files, load, packaged
 from itpn.recipes.pretrain import Pretrain
 from tests.toys import toy_batch
 
-FILES = {name: path for name, path in config_files(packaged()).items() if "-clip-" not in name}
+FILES = {
+    name: path
+    for name, path in config_files(packaged()).items()
+    if (path.parent.name in ("itpn", "mae") and "-clip-" not in name) or name.startswith("pretrain_")
+}
 PUBLISHED = [name for name in FILES if name.endswith("in1k")]
 NAME = re.compile(
     r"(?P<method>itpn-pixel|itpn-pixel-mfm|mae)_(?P<family>hivit|itpn)-(?P<size>base|large)-p(?P<patch>\d+)"

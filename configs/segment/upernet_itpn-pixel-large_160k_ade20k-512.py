@@ -1,0 +1,5 @@
+"""UPerNet on iTPN-L after pre-training on pixels: 160,000 steps on ADE20K, crops of 512 pixels."""
+
+from itpn.recipes.segment import upernet
+
+config = upernet(pretrained="pixel", size="large")

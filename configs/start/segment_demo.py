@@ -1,0 +1,5 @@
+"""A nano iTPN with a narrow UPerNet on the bundled scenes."""
+
+from itpn.recipes.segment import demo
+
+config = demo(epochs=10)

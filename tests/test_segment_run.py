@@ -1,0 +1,324 @@
+"""Fine-tuning, testing and predicting with a segmenter at toy size: what a run leaves, how exact it is, what
+stops it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import itpn
+from itpn import cli
+from itpn.data.labels import Labelling, read_labels
+from itpn.data.segmentation import SegmentationDataConfig
+from itpn.engine.loop import LoopConfig
+from itpn.engine.optim import AdamWConfig
+from itpn.engine.schedule import ScheduleConfig
+from itpn.errors import UserError
+from itpn.heads.upernet import SegmenterConfig
+from itpn.heads.windows import InferenceConfig
+from itpn.models import FeatureModel, SegmenterModel
+from itpn.nn.depth import LayerDecayConfig
+from itpn.nn.pyramid import Model, ModelConfig
+from itpn.objectives.pixel import PixelConfig
+from itpn.recipes.segment import Segment
+from itpn.show.curves import read_metrics
+from itpn.tasks.segment import segment
+from itpn.weights import files
+from tests.data.segmented import write_masks
+from tests.toys import toy_backbone, toy_model
+
+NAMES = ("red", "green", "blue", "yellow")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_masks(tmp_path_factory.mktemp("images"), {"train": 10, "val": 3})
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A file as pre-training leaves it, with another pyramid than the recipe's and no relative positions."""
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("weights") / "pretrained.safetensors"
+    model = toy_model(layer_scale=0.1)
+    config = {"model": asdict(model), "objective": asdict(PixelConfig(mean=(0.4, 0.5, 0.6)))}
+    files.save(path, Model(model).state_dict(), json.loads(json.dumps(config)))
+    return path
+
+
+def recipe(root, run_dir, loop=None, **fields):
+    """Six steps of four images, of which an epoch has two and a half."""
+    given = Segment(
+        name="toy",
+        model=ModelConfig(backbone=toy_backbone(relative_position_bias=True, drop_path=0.2)),
+        segmenter=SegmenterConfig(width=16, auxiliary_width=8, norm="group"),
+        inference=InferenceConfig(crop=(32, 32), stride=(16, 16)),
+        data=SegmentationDataConfig(
+            root=root, format="masks", short=40, long=160, ratio=(0.75, 1.5), crop=(32, 32), workers=0
+        ),
+        optim=AdamWConfig(lr=1e-3, betas=(0.9, 0.999)),
+        layer_decay=LayerDecayConfig(rate=0.8),
+        schedule=ScheduleConfig(shape="poly", warmup_iterations=2, start_factor=1e-6),
+        loop=LoopConfig(
+            **{"iterations": 6, "batch_size": 4, "device": "cpu", "log_every": 1, "run_dir": run_dir,
+               "picture_every": 4} | (loop or {})
+        ),
+        eval_every=3,
+    )  # fmt: skip
+    return replace(given, **fields)
+
+
+@pytest.fixture(scope="module")
+def run(images, pretrained, tmp_path_factory):
+    return segment(recipe(images, tmp_path_factory.mktemp("runs") / "run", init=pretrained))
+
+
+def same_weights(ours, theirs):
+    first, second = files.read(ours).tensors, files.read(theirs).tensors
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_a_run_leaves(run):
+    metrics = read_metrics(run / "metrics.jsonl")
+    assert [step for step, line in metrics.items() if "miou" in line] == [3, 6]
+    assert all({"loss", "decode", "auxiliary", "accuracy"} <= metrics[step].keys() for step in range(1, 7))
+    assert [metrics[step]["lr"] for step in (1, 3, 6)] == pytest.approx([1e-9, 1e-3 * 4 / 6, 1e-3 / 6])
+    report = json.loads((run / "report.json").read_text())
+    assert (report["images"], report["left_out"], report["miou"]) == (3, 0, metrics[6]["miou"])
+    assert [row["name"] for row in report["classes"]] == list(NAMES)
+    assert sum(row["num_pixels"] for row in report["classes"]) == 3 * 40 * 55  # a column has no label
+    pictures = {path.name for path in (run / "pictures").iterdir()}
+    assert pictures == {"segmentation-0004.png", "segmentation-0006.png", "curves.png"}
+
+
+def test_the_architecture_the_pyramid_and_the_normalisation_are_the_file_s(run, pretrained):
+    weights, there = files.read(run / "last.safetensors"), files.read(pretrained)
+    model = weights.part("model", ModelConfig)
+    assert model.pyramid == there.part("model", ModelConfig).pyramid
+    assert (model.backbone.layer_scale, model.backbone.drop_path) == (0.1, 0.2)
+    assert (model.backbone.image_size, model.backbone.relative_image_size) == (64, 32)
+    assert weights.config["classes"] == list(NAMES)
+    given = weights.config["input"]
+    assert (given["mean"], given["image_size"], given["scale"]) == ([0.4, 0.5, 0.6], [32, 32], [40, 160])
+
+
+def test_how_much_is_loaded_is_said(images, pretrained, tmp_path, capsys):
+    segment(recipe(images, tmp_path / "all", {"max_steps": 1}, init=pretrained))
+    model = Model(toy_model(layer_scale=0.1))
+    total = sum(parameter.numel() for parameter in model.pyramid.parameters())
+    assert f"and {total:,} of the pyramid's {total:,} parameters" in capsys.readouterr().out
+    segment(recipe(images, tmp_path / "half", {"max_steps": 1}, init=pretrained, init_pyramid=False))
+    assert "and 0 of the pyramid's" in capsys.readouterr().out
+
+
+def test_a_run_directory_is_a_segmenter(run):
+    model = itpn.load(run)
+    assert isinstance(model, SegmenterModel)
+    assert (model.classes, model.scale, model.inference.stride) == (NAMES, (40, 160), (16, 16))
+    assert model(torch.zeros(1, 3, 40, 56)).shape == (1, 4, 40, 56)
+    assert isinstance(itpn.load(run, features="pyramid"), FeatureModel)
+
+
+def test_a_segmenter_is_saved_and_loaded_again(run, tmp_path):
+    model = itpn.load(run)
+    model.save_pretrained(tmp_path / "folder")
+    again = itpn.load(tmp_path / "folder")
+    images = torch.rand(1, 3, 32, 32)
+    assert torch.equal(model(images), again(images))
+    assert (again.classes, again.scale, again.mean) == (NAMES, (40, 160), (0.4, 0.5, 0.6))
+    assert "image-segmentation" in (tmp_path / "folder/README.md").read_text()
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(run, images, pretrained, tmp_path):
+    segment(recipe(images, tmp_path / "run", {"max_steps": 4}, init=pretrained))
+    segment(recipe(images, tmp_path / "run", init=pretrained))
+    assert same_weights(tmp_path / "run" / "last.safetensors", run / "last.safetensors")
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_counted_in_epochs_with_batch_norm(images, tmp_path, capsys):
+    given = recipe(images, tmp_path / "run", {"epochs": 2, "iterations": None, "picture_every": 0})
+    segmenter = replace(given.segmenter, norm="batch")
+    schedule = ScheduleConfig()
+    run = segment(replace(given, segmenter=segmenter, schedule=schedule, eval_every=0))
+    assert [step for step, line in read_metrics(run / "metrics.jsonl").items() if "miou" in line] == [4]
+    stored = files.read(run / "checkpoints" / (run / "checkpoints/last").read_text())
+    kept = files.read(run / "last.safetensors")
+    assert same_weights(stored.path, kept.path)
+    assert any("running_mean" in name for name in kept.tensors)
+    assert cli.main(["info", str(run)]) == 0
+    assert "segmenter: UPerNet, 16 wide, 4 classes" in capsys.readouterr().out
+
+
+def test_a_share_is_held_out_where_there_is_no_val(images, tmp_path, capsys):
+    shutil.copytree(images, tmp_path / "images")
+    shutil.rmtree(tmp_path / "images/images/val")
+    segment(recipe(tmp_path / "images", tmp_path / "run", {"max_steps": 1}, val_share=0.3))
+    said = capsys.readouterr().out
+    assert "to train on: 7 of 10 images" in said
+    assert "to validate on: 3 of 10 images" in said
+
+
+@pytest.fixture
+def config(images, tmp_path, monkeypatch):
+    """A config file of the toy, and the folder it lies in as the current one."""
+    (tmp_path / "toy.py").write_text(
+        "from pathlib import Path\nfrom tests.test_segment_run import recipe\n"
+        f"config = recipe(Path({str(images)!r}), None)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "toy.py"
+
+
+def outcome(capsys, *arguments):
+    status = cli.main([*map(str, arguments)])
+    return status, capsys.readouterr()
+
+
+def numbers(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_testing_a_run_repeats_its_own_numbers(run, config, capsys):
+    status, printed = outcome(capsys, "test", config, run)
+    assert status == 0
+    found, best = numbers(Path("evaluation")), files.read(run / "best.safetensors").config["measured"]
+    assert found["miou"] == best["miou"]
+    assert f"mIoU {found['miou']:.2%}" in printed.out
+    assert "yellow" in printed.out
+    assert Path("evaluation/pictures/segmentation.png").is_file()
+    more = ("--inference.mode", "whole", "--inference.flip", "--inference.scales", "1.0", "1.5")
+    assert outcome(capsys, "test", config, run, *more, "--out", "more")[0] == 0
+    assert numbers(Path("more"))["images"] == 3
+
+
+RANKS = """
+import sys
+from itpn.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def ranks(folder, *arguments):
+    (folder / "ranks.py").write_text(RANKS)
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "ranks.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, *command, *map(str, arguments)],
+        capture_output=True, text=True, cwd=folder, timeout=600, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_two_ranks_learn_and_find_what_one_does(run, images, config, pretrained, tmp_path):
+    """Without dropout, which is drawn by rank."""
+    given = recipe(images, tmp_path / "one", init=pretrained)
+    segment(replace(given, segmenter=replace(given.segmenter, dropout=0.0)))
+    fields = ("--init", pretrained, "--run-dir", "two", "--segmenter.dropout", "0")
+    ranks(tmp_path, "train", config, *fields)
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    for step, line in one.items():
+        assert two[step]["loss"] == pytest.approx(line["loss"], abs=1e-5)
+        assert two[step].get("miou", 0) == pytest.approx(line.get("miou", 0), abs=0.01)
+    ranks(tmp_path, "test", config, run, "--out", "evaluated")
+    assert numbers(tmp_path / "evaluated")["miou"] == files.read(run).config["measured"]["miou"]
+
+
+def test_predict_leaves_pictures_and_labels(run, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd.png").write_bytes(b"no image")
+    shown = images / "images/val"
+    status, printed = outcome(
+        capsys, "predict", run, shown, tmp_path / "odd.png", "--json", "shares.jsonl", "--device", "cpu"
+    )
+    assert status == 0
+    assert "odd.png" in printed.err
+    labels = read_labels(tmp_path / "predictions/labels/01.png", Labelling(NAMES), (40, 56))
+    lines = [json.loads(line) for line in Path("shares.jsonl").read_text().splitlines()]
+    share = lines[1]["shares"].get("green", 0)
+    assert share == pytest.approx(float(np.mean(labels == 1)), abs=1e-6)
+    assert sum(lines[1]["shares"].values()) == pytest.approx(1, abs=1e-5)
+    assert Image.open("predictions/01.png").width > 2 * 56
+    assert outcome(capsys, "predict", run, shown, "--embeddings", "a.npy")[0] == 2
+
+
+def test_info_of_a_config(capsys):
+    status, printed = outcome(capsys, "info", "segment_demo")
+    assert status == 0
+    assert "UPerNet" in printed.out
+    assert "auxiliary head" in printed.out
+
+
+def test_a_file_without_segmenter(pretrained, config, capsys):
+    status, printed = outcome(capsys, "test", config, pretrained)
+    assert status == 2
+    assert "holds no segmenter; fine-tune it first" in printed.err
+
+
+def test_a_segmenter_of_other_classes(run, images, config, tmp_path, capsys):
+    shutil.copytree(images, tmp_path / "others")
+    (tmp_path / "others/classes.txt").write_text("red\ngreen\nblue\nblack\n")
+    status, printed = outcome(capsys, "test", config, run, "--data.root", tmp_path / "others")
+    assert status == 2
+    assert "only in the file: yellow; only in the images: black" in printed.err
+
+
+def test_weights_without_pyramid(images, pretrained, tmp_path):
+    weights = files.read(pretrained).without("pyramid")
+    config = weights.config | {"model": weights.config["model"] | {"pyramid": None}}
+    files.save(tmp_path / "backbone.safetensors", weights.tensors, config)
+    given = recipe(images, tmp_path / "run", {"max_steps": 1}, init=tmp_path / "backbone.safetensors")
+    with pytest.raises(UserError, match="holds no pyramid"):
+        segment(given)
+    segment(replace(given, init_pyramid=False))
+
+
+def test_weights_that_lack_a_part_of_the_pyramid(images, pretrained, tmp_path):
+    weights = files.read(pretrained)
+    del weights.tensors["pyramid.out4.mlp.fc1.weight"]
+    files.save(tmp_path / "odd.safetensors", weights.tensors, weights.config)
+    with pytest.raises(UserError, match=r"1 tensors do not fit.*out4.mlp.fc1.weight is missing there"):
+        segment(recipe(images, tmp_path / "run", init=tmp_path / "odd.safetensors"))
+
+
+def test_bad_labels_stop_a_run_unless_they_are_left_out(images, tmp_path):
+    shutil.copytree(images, tmp_path / "images")
+    for name in ("03", "04"):
+        (tmp_path / f"images/labels/train/{name}.png").write_bytes(b"no labels")
+    given = recipe(tmp_path / "images", tmp_path / "run", {"picture_every": 0})
+    with pytest.raises(UserError, match=r"labels/train/0\d.png.*--data.skip-bad"):
+        segment(given)
+    segment(replace(given, data=replace(given.data, skip_bad=True, max_bad_share=1.0)))
+    assert len((tmp_path / "run/bad_images.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"loop": {"batch_size": 6, "device_batch": 4}}, "--device-batch"),
+        ({"loop": {"iterations": 2}}, "warm-up takes 2 steps"),
+        ({"data": {"root": Path("nowhere")}}, "nowhere"),
+        ({"data": {"crop": (40, 40)}}, "multiple of 32"),
+        ({"init": Path("nowhere.safetensors")}, r"nowhere\.safetensors"),
+        (
+            {"segmenter": {"norm": "batch"}, "loop": {"device_batch": 1}},
+            "batch norm cannot train on one image",
+        ),
+    ],
+)
+def test_mistakes(images, tmp_path, fields, words):
+    given = recipe(images, tmp_path / "run", fields.get("loop"))
+    data, segmenter = (
+        replace(getattr(given, name), **fields.get(name, {})) for name in ("data", "segmenter")
+    )
+    with pytest.raises(UserError, match=words) as error:
+        segment(replace(given, data=data, segmenter=segmenter, init=fields.get("init")))
+    assert "\n" not in str(error.value)
