@@ -59,7 +59,9 @@ def toy_detector(cascade: bool = False, norm: str = "group", seed: int = 0, **nu
     regions = RegionConfig(cascade=cascade, num_sampled=48, head=head)
     detector = {key: numbers.pop(key) for key in list(numbers) if key in DetectorConfig.__dataclass_fields__}
     seen = {"mean": PixelConfig.mean, "std": PixelConfig.std}
-    config = DetectorConfig(**{"num_classes": 3, "proposals": proposals, "regions": regions, **seen} | detector)
+    config = DetectorConfig(
+        **{"num_classes": 3, "proposals": proposals, "regions": regions, **seen} | detector
+    )
     return DetectObjective(toy_model(**numbers), config)
 
 

@@ -17,7 +17,8 @@ from itpn.nn.pyramid import Model, ModelConfig, detection_maps
 @dataclass(frozen=True, kw_only=True)
 class DetectorConfig:
     num_classes: int = 80
-    """Classes to tell apart; the background is not among them. Training sets it to those of the annotations."""
+    """Classes to tell apart; the background is not among them. Training sets it to the number that
+    the annotations have."""
     masks: bool = True
     """Predict masks as well as boxes."""
     mean: tuple[float, ...] | None = None

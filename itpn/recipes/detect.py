@@ -1,7 +1,7 @@
 """Recipes that fine-tune a detector, boxes and masks. A config file calls one; each docstring is its promise.
 
-With `--init` the architecture is the file's, its pyramid's too; the sizes here are those without it. No average
-precision has been measured here.
+With `--init` the architecture is the file's, its pyramid's too; the sizes here are those without it. No
+average precision has been measured here.
 """
 
 from dataclasses import dataclass, field
@@ -48,7 +48,8 @@ class Detect:
     init: Path | None = None
     """Weights to start from: a pretrained.safetensors of a run, or a converted release."""
     init_pyramid: bool = True
-    """Load the pyramid of init too. Off: only its backbone, as of weights that were pre-trained without one."""
+    """Load the pyramid of init too. Off: its backbone alone, as of weights that were pre-trained without
+    one."""
 
     def __post_init__(self) -> None:
         if self.model.pyramid is None:
@@ -71,7 +72,7 @@ def mask_rcnn(*, pretrained: Literal["pixel", "clip"], size: Size, epochs: Liter
     and 0.2 for large, of 3x 0.3; layer decay 0.90 (large 0.95) a block. The released configs differ in this:
     merges count as layers and the last block learns faster than the heads (`--layer-decay.rule detection`);
     the 3x on pixels stops after 12 epochs; after CLIP relative positions start anew, where they are those of
-    the file here. 3x of large is ours.
+    the file here. Configs of large on pixels 1x and of base on CLIP 1x were not released; 3x of large is ours.
 
     Run: itpn train mask-rcnn_itpn-pixel-base_1x_coco --data.root COCO --init pretrained.safetensors, under
     torchrun; published on 32 GPUs of 2 images each.
@@ -116,8 +117,8 @@ def own_data(*, size: str = "itpn_base", epochs: int = 24) -> Detect:
     Classes and their names are the file's. Norms of the box head go over groups of channels, so that any
     number of images and ranks will do.
 
-    Run: itpn train detect_own-data --data.train-images DIR --data.train-annotations FILE --data.val-images DIR
-    --data.val-annotations FILE --init runs/NAME/pretrained.safetensors.
+    Run: itpn train detect_own-data --data.train-images DIR --data.train-annotations FILE --data.val-images
+    DIR --data.val-annotations FILE --init runs/NAME/pretrained.safetensors.
     Expect: no published number; compare with the same command without --init.
     """
     return Detect(
