@@ -72,7 +72,8 @@ def mask_rcnn(*, pretrained: Literal["pixel", "clip"], size: Size, epochs: Liter
     and 0.2 for large, of 3x 0.3; layer decay 0.90 (large 0.95) a block. The released configs differ in this:
     merges count as layers and the last block learns faster than the heads (`--layer-decay.rule detection`);
     the 3x on pixels stops after 12 epochs; after CLIP relative positions start anew, where they are those of
-    the file here. Configs of large on pixels 1x and of base on CLIP 1x were not released; 3x of large is ours.
+    the file here. Configs of large on pixels 1x and of base on CLIP 1x were not released; 3x of large is
+    ours.
 
     Run: itpn train mask-rcnn_itpn-pixel-base_1x_coco --data.root COCO --init pretrained.safetensors, under
     torchrun; published on 32 GPUs of 2 images each.
