@@ -1,4 +1,4 @@
-"""Fine-tuning, testing and using a detector at toy size: what a run leaves, how exact it is, what stops it."""
+"""Detectors at toy size: what a run leaves, how exact it is, what stops it, testing and predicting."""
 
 import json
 import os
@@ -104,7 +104,11 @@ def recipe(root, run_dir, loop=None, **fields):
             workers=0,
             mask_size=28,
             scale=MultiScale(
-                short_sides=(64,), max_side=64, crop_short_sides=(64,), crop_sides=(48, 64), eval_short_side=64
+                short_sides=(64,),
+                max_side=64,
+                crop_short_sides=(64,),
+                crop_sides=(48, 64),
+                eval_short_side=64,
             ),
         ),
         optim=AdamWConfig(lr=1e-3),
