@@ -25,6 +25,13 @@ from itpn.weights import files
 from itpn.weights.files import Weights
 
 FILE = "model.safetensors"
+HEADS = {
+    "classifier": ("image-classification", "An image classifier"),
+    "detector": ("object-detection", "An object detector"),
+    "segmenter": ("image-segmentation", "A semantic segmenter"),
+}
+"""The Hub's tag and our words for what a file of ours does, by the part of its config."""
+NO_HEAD = ("image-feature-extraction", "An image backbone")
 PAPER = "https://arxiv.org/abs/2211.12735"
 
 
@@ -128,18 +135,14 @@ class HubModel(PyTorchModelHubMixin):
 
 def card(config: dict[str, Any], parameters: int, license: str, source: dict[str, Any] | None = None) -> str:
     """The model card as Markdown with its metadata in front, from a file's config."""
-    model, classifier, segmenter = config["model"], config.get("classifier"), config.get("segmenter")
-    head = classifier or segmenter
+    model, head = config["model"], next((config[name] for name in HEADS if name in config), None)
+    tag, what = next((told for name, told in HEADS.items() if name in config), NO_HEAD)
     backbone = HiViTConfig(**model["backbone"])
     shape, pyramid = backbone.shape, model["pyramid"]
     data = ModelCardData(
         license=license,
         library_name="itpn",
-        pipeline_tag="image-classification"
-        if classifier
-        else "image-segmentation"
-        if segmenter
-        else "image-feature-extraction",
+        pipeline_tag=tag,
         tags=[
             "arxiv:2211.12735",
             "itpn",
@@ -164,9 +167,6 @@ def card(config: dict[str, Any], parameters: int, license: str, source: dict[str
     if source:
         rows["converted from"] = f"{source['file']} ({source['family']}), sha256 {source['sha256']}"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    what = (
-        "An image classifier" if classifier else "A semantic segmenter" if segmenter else "An image backbone"
-    )
     return f"""---
 {data.to_yaml()}
 ---

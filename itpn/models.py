@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import torch
 from torch import Tensor, nn
 
 from itpn import hub
 from itpn.errors import UserError
 from itpn.heads.classify import Classifier, ClassifierConfig
+from itpn.heads.detect import Detector
+from itpn.heads.regions import Detections
 from itpn.heads.segment import Segmenter
 from itpn.heads.upernet import SegmenterConfig
 from itpn.heads.windows import InferenceConfig
@@ -20,7 +23,7 @@ from itpn.nn.hivit import SIZES, HiViT, HiViTConfig
 from itpn.nn.layers import to_map
 from itpn.nn.pyramid import ModelConfig, Pyramid, PyramidConfig, detection_maps
 from itpn.objectives.pixel import PixelConfig
-from itpn.weights import loading
+from itpn.weights import files, loading
 from itpn.weights.files import Weights
 
 Kind = Literal["pyramid", "stages", "tokens"]
@@ -159,6 +162,50 @@ class ClassifierModel(Classifier, hub.HubModel):
         return model.eval()
 
 
+class DetectorModel(Detector, hub.HubModel):
+    """A detector that can be saved, loaded and pushed."""
+
+    classes: tuple[str, ...] | None = None
+    """Names by class id; None if they are not known."""
+    category_ids: tuple[int, ...] | None = None
+    """Ids of the classes in the annotations that it was trained on; None if they are not known."""
+    views: dict[str, Any] | None = None
+    """How images are scaled and padded before; see `itpn.data.views.MultiScale`."""
+
+    def forward(self, images: Tensor, sizes: Tensor | None = None) -> list[Detections]:
+        """What is found in normalised images ``[B, c, H, W]``: see `Detector.detect`.
+
+        Args:
+            sizes: ``long [B, 2]``, height and width without padding; None: there is none.
+        """
+        if sizes is None:
+            sizes = torch.tensor([images.shape[2:]] * len(images))
+        return self.detect(images, sizes)
+
+    def remember(self, weights: Weights) -> None:
+        super().remember(weights)
+        self.classes, self.category_ids = weights.class_names(), weights.category_ids()
+        self.views = (weights.config.get("input") or {}).get("views")
+
+    def file_config(self) -> dict[str, Any]:
+        config = {"model": hub.as_json(self.model.config), "detector": hub.as_json(self.config)}
+        known = {"classes": self.classes, "category_ids": self.category_ids}
+        return config | {name: list(values) for name, values in known.items() if values is not None}
+
+    def input_config(self) -> dict[str, Any]:
+        return super().input_config() | ({} if self.views is None else {"views": self.views})
+
+    @classmethod
+    def from_weights(cls, weights: Weights, **backbone: Any) -> Self:
+        """The detector of a file of ours, exactly; for ``backbone`` see `FeatureModel.from_weights`."""
+        config = weights.part("model", ModelConfig)
+        config = replace(config, backbone=replace(config.backbone, **backbone))
+        model = cls(config, files.detector_config(weights))
+        loading.load_exactly(model, loading.resampled(weights, config.backbone))
+        model.remember(weights)
+        return model.eval()
+
+
 class SegmenterModel(Segmenter, hub.HubModel):
     """A segmenter that can be saved, loaded and pushed.
 
@@ -221,10 +268,10 @@ def load(
     features: Kind | None = None,
     num_levels: int | None = None,
     image_size: int | None = None,
-) -> FeatureModel | ClassifierModel | SegmenterModel:
+) -> FeatureModel | ClassifierModel | DetectorModel | SegmenterModel:
     """The model that a file holds, in evaluation mode.
 
-    A classifier or a segmenter where the file is one and no ``features`` are asked for; else a
+    A classifier, detector or segmenter where the file is one and no ``features`` are asked for; else a
     `FeatureModel`, with its pyramid if the file has one. What only pre-training needs is left out.
 
     Args:
@@ -240,6 +287,8 @@ def load(
     changed = {} if image_size is None else {"image_size": image_size}
     if features is None and "classifier" in weights.config:
         return ClassifierModel.from_weights(weights, **changed)
+    if features is None and "regions" in weights.parts:
+        return DetectorModel.from_weights(weights, **changed)
     if features is None and "decode_head" in weights.parts:
         return SegmenterModel.from_weights(weights, **changed)
     return FeatureModel.from_weights(weights, features, num_levels, **changed)

@@ -49,17 +49,22 @@ def toy_batch(objective: PixelObjective, size: int = 3, seed: int = 0) -> dict[s
     }
 
 
-def toy_detector(cascade: bool = False, norm: str = "group", seed: int = 0, **numbers) -> DetectObjective:
-    """A small detector of three classes, with anchors from 16 pixels on."""
-    torch.manual_seed(seed)
+def toy_detector_config(cascade: bool = False, norm: str = "group", **fields) -> DetectorConfig:
+    """Three classes, anchors from 16 pixels on."""
     head = HeadConfig(norm=norm, num_convs=1, conv_width=24, hidden_width=48)
     proposals = ProposalConfig(
         anchor_scale=4.0, num_sampled=64, num_before_nms=(100, 100), num_proposals=(60, 60)
     )
     regions = RegionConfig(cascade=cascade, num_sampled=48, head=head)
-    detector = {key: numbers.pop(key) for key in list(numbers) if key in DetectorConfig.__dataclass_fields__}
-    config = DetectorConfig(**{"num_classes": 3, "proposals": proposals, "regions": regions} | detector)
-    return DetectObjective(toy_model(**numbers), config)
+    seen = {"mean": PixelConfig.mean, "std": PixelConfig.std}
+    return DetectorConfig(**{"num_classes": 3, "proposals": proposals, "regions": regions, **seen} | fields)
+
+
+def toy_detector(cascade: bool = False, norm: str = "group", seed: int = 0, **numbers) -> DetectObjective:
+    """A small detector of three classes."""
+    torch.manual_seed(seed)
+    fields = {key: numbers.pop(key) for key in list(numbers) if key in DetectorConfig.__dataclass_fields__}
+    return DetectObjective(toy_model(**numbers), toy_detector_config(cascade, norm, **fields))
 
 
 def toy_scenes(

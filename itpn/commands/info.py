@@ -18,6 +18,7 @@ from itpn.data.picture import Size
 from itpn.errors import UserError, printable
 from itpn.evaluate.count import count_parameters, multiply_adds
 from itpn.heads.classify import Classifier
+from itpn.heads.detect import Detector
 from itpn.heads.segment import Segmenter
 from itpn.nn.hivit import HiViT
 from itpn.nn.pyramid import ModelConfig
@@ -26,16 +27,17 @@ from itpn.objectives.pixel import PixelObjective
 from itpn.objectives.teacher import Teacher, outline
 from itpn.objectives.vision_transformers import CLIP
 from itpn.recipes.classify import Classify
+from itpn.recipes.detect import Detect
 from itpn.recipes.pretrain import Pretrain
 from itpn.recipes.segment import Segment
-from itpn.tasks import classify, segment
+from itpn.tasks import classify, detect, segment
 from itpn.weights import files
 from itpn.weights.convert import Foreign, read_foreign
 from itpn.weights.families import FAMILIES, Given
 from itpn.weights.files import Weights
 from itpn.weights.translate import Translated, translate
 
-Countable = PixelObjective | DistillObjective | Classifier | Segmenter
+Countable = PixelObjective | DistillObjective | Classifier | Detector | Segmenter
 COUNTED = "matrix products, convolutions and 5 x LayerNorm elements"
 
 
@@ -52,6 +54,11 @@ def run(arguments: list[str]) -> None:
             with torch.device("meta"):
                 objective = Classifier(HiViT(recipe.model.backbone), recipe.classifier)
             backbone = objective.backbone
+        case Detect():
+            recipe = detect.settled(recipe, None, None)
+            with torch.device("meta"):
+                objective = Detector(recipe.model, recipe.detector)
+            backbone = objective.model.backbone
         case Segment():
             recipe = segment.settled(recipe, recipe.segmenter.num_classes, None)
             with torch.device("meta"):
@@ -209,6 +216,10 @@ def described(weights: Weights) -> Iterator[str]:
     match module:
         case Classifier():
             yield f"classifier: {module.config.num_classes} classes, pooling {module.config.pooling}"
+        case Detector():
+            kind = "Cascade Mask R-CNN" if module.config.regions.cascade else "Mask R-CNN"
+            masks = "" if module.config.masks else ", boxes alone"
+            yield f"detector: {kind}{masks}, {module.config.num_classes} classes"
         case Segmenter():
             yield f"segmenter: UPerNet, {module.config.width} wide, {module.config.num_classes} classes"
         case PixelObjective():
@@ -243,6 +254,9 @@ def parts(objective: Countable) -> dict[str, nn.Module | nn.Parameter]:
         "backbone": objective.model.backbone,
         "pyramid": objective.model.pyramid,
     }
+    if isinstance(objective, Detector):
+        found |= {"proposals": objective.proposals, "regions": objective.regions}
+        return {name: part for name, part in found.items() if part is not None}
     if isinstance(objective, Segmenter):
         found |= {"UPerNet": objective.decode_head, "auxiliary head": objective.auxiliary_head}
         return {name: part for name, part in found.items() if part is not None}

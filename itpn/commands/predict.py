@@ -1,5 +1,5 @@
-"""`itpn predict MODEL IMAGES_OR_FOLDERS…`: what a model says of images: labels of them or of their pixels, or
-embeddings."""
+"""`itpn predict MODEL IMAGES_OR_FOLDERS…`: what a model says of images: labels of them, of objects in them
+or of their pixels, or embeddings."""
 
 import json
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from itpn import models
 from itpn.commands.arguments import parse
+from itpn.commands.predict_objects import detect
 from itpn.commands.predict_pixels import segment
 from itpn.commands.predicting import Predict, sources_of, tell_unreadable, writing
 from itpn.data.classes import names_for
@@ -26,7 +27,7 @@ from itpn.data.source import Images
 from itpn.data.transforms import crop_ratio_of
 from itpn.engine.distributed import choose_device
 from itpn.errors import UserError, printable
-from itpn.models import ClassifierModel, FeatureModel, SegmenterModel
+from itpn.models import ClassifierModel, DetectorModel, FeatureModel, SegmenterModel
 from itpn.nn.normalise import Normalise
 from itpn.show.classify import prediction_picture
 
@@ -65,6 +66,8 @@ def run(arguments: list[str]) -> None:
             if path.is_dir():
                 raise IsADirectoryError(EISDIR, "it is a folder")
     match models.load(options.model):
+        case DetectorModel() as model:
+            detect(model, options)
         case SegmenterModel() as model:
             segment(model, options)
         case ClassifierModel() as model:

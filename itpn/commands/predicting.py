@@ -22,8 +22,8 @@ NUM_NAMED = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Say what images show, with scores, or what each of their pixels does; or what they are like, as
-    embeddings."""
+    """Say what images show, with scores, what is where in them, or what each of their pixels shows; or what
+    they are like, as embeddings."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run directory, a .safetensors file of ours, a folder of save_pretrained, or a Hub id."""
@@ -33,9 +33,13 @@ class Predict:
     """Labels per image, the best first."""
     out: Path | None = None
     """Folder for pictures of the images with their labels, 24 on a sheet: predictions-001.png and so on. Of a
-    segmenter a picture for each image, and labels/ with a PNG of class ids; not given: predictions/."""
+    detector or segmenter a picture for each image, of a segmenter also labels/ with a PNG of class ids; not
+    given: predictions/."""
     json: Path | None = None
-    """File for a JSON object per image, one a line: path, labels, scores; or a segmenter's shares."""
+    """File for a JSON object per image, one a line: path, labels, scores; or a segmenter's shares. Of a
+    detector an instances file as COCO's, of the objects found, with scores."""
+    min_score: float = 0.5
+    """Of a detector: what has a lower score is left out."""
     embeddings: Path | None = None
     """File ending in .npy for the pooled features, [images, channels] in fp32; a .txt beside it has the
     paths, one a line."""
@@ -53,6 +57,8 @@ class Predict:
     def __post_init__(self) -> None:
         if self.top < 1 or self.batch_size < 1 or min(self.image_size or (1,)) < 1:
             raise UserError("--top, --batch-size and --image-size must be 1 or more")
+        if not 0 <= self.min_score < 1:
+            raise UserError(f"--min-score {self.min_score}: a score lies in [0, 1)")
         if self.embeddings and self.embeddings.suffix != ".npy":
             raise UserError(f"--embeddings {self.embeddings}: name a file that ends in .npy")
 

@@ -13,21 +13,27 @@ from rich.table import Table
 from itpn import hub
 from itpn.commands.arguments import parse
 from itpn.data.classes import readable
+from itpn.data.coco import Coco
 from itpn.data.picture import BadImageError
 from itpn.engine.distributed import World, join_world
 from itpn.errors import UserError, printable
 from itpn.evaluate.classify import Report
+from itpn.evaluate.detect import Result, Scores, write_results
+from itpn.evaluate.detect import table as detection_table
 from itpn.evaluate.segment import SegmentationScores, table
 from itpn.recipes.classify import Classify
+from itpn.recipes.detect import Detect
 from itpn.recipes.lookup import find, load
 from itpn.recipes.pretrain import Pretrain
 from itpn.recipes.segment import Segment
+from itpn.tasks import objects
 from itpn.tasks.classify import write_report
 from itpn.tasks.segment import write_report as write_segmentation_report
 from itpn.tasks.test import (
     Protocol,
     lines_of,
     test_classifier,
+    test_detector,
     test_features,
     test_segmenter,
     write_numbers,
@@ -44,7 +50,7 @@ CHECKPOINT is a file of weights or a run directory; without it, the config's own
 @dataclass(frozen=True, kw_only=True)
 class Options:
     out: Path = Path("evaluation")
-    """Folder for report.json and, of a classifier or segmenter, pictures/."""
+    """Folder for report.json and, of whatever is fine-tuned, pictures/."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +73,15 @@ class TestPretrain(Options):
     """linear: a linear classifier fitted to frozen features of the training images. knn: their nearest
     neighbours."""
     recipe: Annotated[Pretrain, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestDetect(Options):
+    """Evaluate a detector on the validation images of a config: COCO's numbers of boxes and masks."""
+
+    save_predictions: Path | None = None
+    """File for all detections, as COCO's results."""
+    recipe: Annotated[Detect, tyro.conf.arg(name="")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +110,10 @@ def run(arguments: list[str]) -> None:
             console.print(f"unreadable: {printable(error.path)}: {printable(error.reason)}")
 
         match options:
+            case TestDetect(save_predictions=path):
+                precision, results, coco = test_detector(options.recipe, weights, world, on_bad)
+                console.print(detection_table(precision))
+                _write(world, console, lambda: _write_detection(precision, results, coco, options.out, path))
             case TestSegment():
                 scores, picture = test_segmenter(options.recipe, weights, world, on_bad)
                 console.print(table(scores))
@@ -120,16 +139,32 @@ def run(arguments: list[str]) -> None:
                 )
 
 
-def options_of(name: str, overrides: list[str]) -> TestClassify | TestPretrain | TestSegment:
+def options_of(name: str, overrides: list[str]) -> TestClassify | TestDetect | TestPretrain | TestSegment:
     """A config and what the arguments change in it."""
     program = f"itpn test {name}"
     match config := load(find(name)):
         case Classify():
             return parse(TestClassify, overrides, program, TestClassify(recipe=config))
+        case Detect():
+            return parse(TestDetect, overrides, program, TestDetect(recipe=config))
         case Pretrain():
             return parse(TestPretrain, overrides, program, TestPretrain(recipe=config))
         case Segment():
             return parse(TestSegment, overrides, program, TestSegment(recipe=config))
+
+
+def _write_detection(
+    scores: list[Scores], results: list[Result], coco: Coco, out: Path, predictions: Path | None
+) -> list[Path]:
+    written = [objects.write_report(coco, scores, out)]
+    if (picture := objects.compared(objects.pictured(coco), results)) is not None:
+        written.append(out / "pictures" / "detections.png")
+        written[-1].parent.mkdir(parents=True, exist_ok=True)
+        picture.save(written[-1])
+    if predictions is not None:
+        write_results(predictions, results)
+        written.append(predictions)
+    return written
 
 
 def _write_segmentation(scores: SegmentationScores, picture: Image | None, out: Path) -> list[Path]:

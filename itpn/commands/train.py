@@ -2,9 +2,11 @@
 
 from itpn.commands.config import read_config
 from itpn.recipes.classify import Classify
+from itpn.recipes.detect import Detect
 from itpn.recipes.pretrain import Pretrain
 from itpn.recipes.segment import Segment
 from itpn.tasks.classify import classify
+from itpn.tasks.detect import detect
 from itpn.tasks.pretrain import pretrain
 from itpn.tasks.segment import segment
 
@@ -15,5 +17,7 @@ def run(arguments: list[str]) -> None:
             pretrain(recipe)
         case Classify():
             classify(recipe)
+        case Detect():
+            detect(recipe)
         case Segment():
             segment(recipe)

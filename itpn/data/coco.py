@@ -151,7 +151,7 @@ class Coco(ImageList):
         return (
             self
             if len(chosen) == len(self)
-            else self.of_images(chosen, f"images of {self.file} with objects")
+            else self.of_images(chosen, f"images with objects, of {self.description}")
         )
 
     @property

@@ -17,6 +17,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from itpn.errors import UserError
@@ -77,6 +78,7 @@ class World:
         A block is whole while it runs, the rest of `module` throughout a step. The parameters become other
         objects, so the optimiser is built afterwards. One process keeps everything.
         """
+        self._synchronise_norms(module)
         if self.size > 1:
             mesh = init_device_mesh(self.device.type, (self.size,))
             for block in blocks:
@@ -84,7 +86,11 @@ class World:
             fully_shard(module, mesh=mesh)
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module that averages its gradients over the ranks, which a sharded one does by itself."""
+        """The module that averages its gradients over the ranks, which a sharded one does by itself.
+
+        On GPUs its batch norms see the samples of all ranks from here on.
+        """
+        self._synchronise_norms(module)
         if self.size == 1 or isinstance(module, FSDPModule):
             return module
         ids = [self.device] if self.device.type == "cuda" else None
@@ -99,6 +105,23 @@ class World:
                 # three ranks on the layout decides in which order they add. Two numbers have one sum.
                 find_unused_parameters=self.size > 2 and torch.are_deterministic_algorithms_enabled(),
             )
+
+    def _synchronise_norms(self, module: nn.Module) -> None:
+        if self.size > 1 and self.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def average_statistics(self, module: nn.Module) -> None:
+        """On CPUs, where each rank's batch norms see its own samples alone: their running statistics become
+        the mean of all ranks', so that a step ends with the same ones everywhere."""
+        if self.size == 1 or self.device.type == "cuda":
+            return
+        for layer in module.modules():
+            if isinstance(layer, _BatchNorm):
+                for statistics in (layer.running_mean, layer.running_var):
+                    if statistics is not None:
+                        dist.all_reduce(statistics)
+                        statistics /= self.size
 
 
 def exchange_gradients(model: nn.Module, *, now: bool) -> AbstractContextManager[None]:

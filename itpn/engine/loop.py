@@ -301,6 +301,7 @@ class Training:
                 nn.utils.clip_grads_with_norm_(self.parameters, self.loop.clip_grad, norm)
             self.scaler.step(self.optimizer)
             self.hooks.end_step(step, self.num_steps)
+            self.world.average_statistics(self.objective)
             self.watch.num_skipped = 0
             self.log.step(step + 1, values, waited=waited)
             if outlier := self.watch.outlier(values["loss"]):

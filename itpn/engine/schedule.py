@@ -1,4 +1,5 @@
-"""The learning rate of every step: linear warm-up, then down by half a cosine or a power of what is left."""
+"""The learning rate of every step: linear warm-up, then down by half a cosine, a power of what is left, or in
+steps."""
 
 import math
 from dataclasses import dataclass
@@ -9,11 +10,14 @@ from itpn.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    shape: Literal["cosine", "poly"] = "cosine"
+    shape: Literal["cosine", "poly", "step"] = "cosine"
     """cosine: half a cosine, from the end of the warm-up on. poly: the share of the whole run that is left,
-    to a power; the warm-up multiplies it (mmcv's, for segmentation)."""
+    to a power; the warm-up multiplies it (mmcv's, for segmentation). step: a tenth from each milestone on;
+    the warm-up multiplies it (mmcv's, for detection)."""
     power: float = 1.0
     """Of poly; 1: a straight line."""
+    milestones: tuple[float, ...] = (9 / 12, 11 / 12)
+    """Of step: shares of the whole run. Published are these: epochs 9 and 11 of 12, 27 and 33 of 36."""
     warmup_epochs: float | None = None
     """Epochs of linear warm-up. None: a tenth of all."""
     warmup_iterations: int | None = None
@@ -21,13 +25,15 @@ class ScheduleConfig:
     start_factor: float = 0.0
     """The warm-up begins at this share of the peak learning rate."""
     min_lr: float = 0.0
-    """Where the cosine, or the poly, ends."""
+    """Where the cosine, or the poly, ends; in steps it is the least."""
 
     def __post_init__(self) -> None:
         if self.warmup_epochs is not None and self.warmup_iterations is not None:
             raise UserError("--schedule.warmup-epochs and --schedule.warmup-iterations: give one of them")
         if not 0 < self.power < math.inf:
             raise UserError(f"--schedule.power must be greater than 0, not {self.power}")
+        if not all(0 < share < 1 for share in self.milestones):
+            raise UserError(f"--schedule.milestones are shares of the run, in (0, 1), not {self.milestones}")
 
     def warmup(self, epochs: float, steps_per_epoch: int) -> float:
         """Epochs of warm-up in a run of so many.
@@ -65,6 +71,10 @@ def lr_at(step: int, config: ScheduleConfig, *, peak: float, epochs: float, step
             return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
         case "poly":
             lr: float = config.min_lr + (peak - config.min_lr) * (1 - epoch / epochs) ** config.power
+            return lr if rising is None else lr * rising
+        case "step":
+            passed = sum(epoch / epochs >= share for share in config.milestones)
+            lr = max(config.min_lr, peak * 0.1**passed)
             return lr if rising is None else lr * rising
         case _:
             assert_never(config.shape)

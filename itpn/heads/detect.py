@@ -16,20 +16,24 @@ from itpn.nn.pyramid import Model, ModelConfig, detection_maps
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorConfig:
-    num_classes: int
-    """Classes to tell apart; the background is not among them."""
+    num_classes: int = 80
+    """Classes to tell apart; the background is not among them. Training sets it to the number that
+    the annotations have."""
     masks: bool = True
     """Predict masks as well as boxes."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Mean of each image channel, in 0..1; ImageNet's."""
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """Standard deviation of each image channel, in 0..1; ImageNet's."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each image channel, in 0..1. None: what the starting weights saw, else ImageNet's."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each image channel, in 0..1. None: what the starting weights saw, else
+    ImageNet's."""
     proposals: ProposalConfig = field(default_factory=ProposalConfig)
     regions: RegionConfig = field(default_factory=RegionConfig)
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_classes <= 1_000_000:
             raise UserError(f"detector.num_classes: {self.num_classes} lies outside 1..1,000,000")
+        if (self.mean is None) != (self.std is None):
+            raise UserError("detector.mean and detector.std: give both or neither")
 
 
 @dataclass(frozen=True)
@@ -46,15 +50,20 @@ class DetectionDraw:
         return draws
 
 
-class DetectObjective(nn.Module):
-    """The detector, and what it is trained by.
+class Detector(nn.Module):
+    """Backbone, pyramid and heads: what is where in images.
 
-    Every loss is a mean over images, and what is drawn for an image depends on its seed alone: neither
-    accumulation nor the number of ranks changes anything, but that batch norm sees other boxes then.
+    Args:
+        config: with its mean and std.
+
+    Raises:
+        UserError: the model has no pyramid.
     """
 
     def __init__(self, model: ModelConfig, config: DetectorConfig) -> None:
         super().__init__()
+        if config.mean is None or config.std is None:
+            raise ValueError("config.mean and config.std are not settled")
         if model.pyramid is None:
             raise UserError("a detector sees the pyramid: model.pyramid must not be none")
         width = model.pyramid.width
@@ -63,6 +72,42 @@ class DetectObjective(nn.Module):
         self.model = Model(model)
         self.proposals = Proposals(width, config.proposals)
         self.regions = Regions(width, config.num_classes, config.masks, config.regions)
+
+    def maps(self, images: Tensor, drop: Tensor | None = None) -> list[Tensor]:
+        """Normalised images ``[B, c, H, W]`` to maps ``[B, F, h, w]`` of strides 4 to 64.
+
+        Raises:
+            UserError: a side is no multiple of the unit, or shorter than the coarsest stride.
+        """
+        if min(images.shape[2:]) < STRIDES[-1]:
+            raise UserError(f"images of {images.shape[2]} x {images.shape[3]} pixels: a detector needs 64")
+        _, levels = self.model(images, drop=drop)
+        assert levels is not None
+        return detection_maps(levels, self.model.backbone.grid_of(images))
+
+    def detect(self, images: Tensor, sizes: Tensor) -> list[Detections]:
+        """Detections of each image, in pixels of the padded one; the module must be in evaluation mode.
+
+        Args:
+            images: normalised, ``[B, c, H, W]``, padded at the right and below.
+            sizes: ``long [B, 2]``, height and width without padding.
+        """
+        maps, inner = self.maps(images), sizes_of(sizes)
+        boxes, _ = self.proposals(maps, inner, None, [None] * len(images))
+        return self.regions.detect(maps, boxes, inner)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, sizes: Tensor) -> list[Detections]:
+        """`detect` on images ``uint8 [B, c, H, W]``."""
+        return self.detect(self.normalise(images), sizes)
+
+
+class DetectObjective(Detector):
+    """The detector, and what it is trained by.
+
+    Every loss is a mean over images, and what is drawn for an image depends on its seed alone: neither
+    accumulation nor the number of ranks changes anything, but that batch norm sees other boxes then.
+    """
 
     @property
     def draw(self) -> DetectionDraw:
@@ -86,7 +131,7 @@ class DetectObjective(nn.Module):
         """
         objects, sizes, config = objects_of(batch, self.config.masks), sizes_of(batch["sizes"]), self.config
         generators = generators_of(batch)
-        maps = self.maps(batch["images"], batch.get("drop"))
+        maps = self.maps(self.normalise(batch["images"]), batch.get("drop"))
         boxes, parts = self.proposals(maps, sizes, objects, generators)
         parts = {
             "rpn_objectness": config.proposals.objectness_weight * parts["rpn_objectness"],
@@ -109,31 +154,6 @@ class DetectObjective(nn.Module):
                 f"stage{i}_{name}": losses[name] for i, losses in enumerate(stages, 1) for name in losses
             }
         return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
-
-    def maps(self, images: Tensor, drop: Tensor | None = None) -> list[Tensor]:
-        """Images ``uint8 [B, c, H, W]`` to maps ``[B, F, h, w]`` of strides 4 to 64.
-
-        Raises:
-            UserError: a side is no multiple of the unit, or shorter than the coarsest stride.
-        """
-        if min(images.shape[2:]) < STRIDES[-1]:
-            raise UserError(f"images of {images.shape[2]} x {images.shape[3]} pixels: a detector needs 64")
-        normalised = self.normalise(images)
-        _, levels = self.model(normalised, drop=drop)
-        assert levels is not None
-        return detection_maps(levels, self.model.backbone.grid_of(normalised))
-
-    @torch.no_grad()
-    def predict(self, images: Tensor, sizes: Tensor) -> list[Detections]:
-        """Detections of each image, in pixels of the padded one; the module must be in evaluation mode.
-
-        Args:
-            images: ``uint8 [B, c, H, W]``, padded at the right and below.
-            sizes: ``long [B, 2]``, height and width without padding.
-        """
-        maps, inner = self.maps(images), sizes_of(sizes)
-        boxes, _ = self.proposals(maps, inner, None, [None] * len(images))
-        return self.regions.detect(maps, boxes, inner)
 
     def begin_step(self, step: int, num_steps: int) -> None: ...
 

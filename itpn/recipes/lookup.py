@@ -12,10 +12,11 @@ from itpn.errors import UserError
 
 if TYPE_CHECKING:
     from itpn.recipes.classify import Classify
+    from itpn.recipes.detect import Detect
     from itpn.recipes.pretrain import Pretrain
     from itpn.recipes.segment import Segment
 
-Recipe: TypeAlias = "Pretrain | Classify | Segment"
+Recipe: TypeAlias = "Pretrain | Classify | Detect | Segment"
 R = TypeVar("R")
 
 
@@ -54,6 +55,7 @@ def find(name: str) -> Path:
 def load(path: Path) -> Recipe:
     """The recipe that a config file calls `config`; it takes its name from the file."""
     from itpn.recipes.classify import Classify
+    from itpn.recipes.detect import Detect
     from itpn.recipes.pretrain import Pretrain
     from itpn.recipes.segment import Segment
 
@@ -65,7 +67,7 @@ def load(path: Path) -> Recipe:
         ]
         where = f"{path}, line {lines[-1]}" if lines else f"{path}"
         raise UserError(f"{where}: {' '.join(str(error).split()) or type(error).__name__}") from error
-    if not isinstance(config, Pretrain | Classify | Segment):
+    if not isinstance(config, Pretrain | Classify | Detect | Segment):
         raise UserError(f"{path}: it must set `config` to a recipe of itpn.recipes, and {_what(config)}")
     return replace(config, name=path.stem)
 

@@ -41,6 +41,8 @@ USUAL = {
     "pixel": Quantity(title="pixel loss", axis="mean square error"),
     "feature": Quantity(title="feature loss", axis="smooth L1, mean over stages"),
     "lr": Quantity(title="learning rate", axis="learning rate", noisy=False),
+    "box_AP": Quantity(title="box AP, validation", axis="AP in %", scale=100, noisy=False),
+    "mask_AP": Quantity(title="mask AP, validation", axis="AP in %", scale=100, noisy=False),
     "miou": Quantity(title="mIoU, validation", axis="mean over classes in %", scale=100, noisy=False),
     "pixel_accuracy": Quantity(
         title="pixel accuracy, validation", axis="accuracy in %", scale=100, noisy=False

@@ -31,6 +31,7 @@ BEST, LAST = "best.safetensors", "last.safetensors"
 FREE = (
     "data.root",  # the images themselves are pinned
     "data.list",
+    *(f"data.{split}_{what}" for split in ("train", "val") for what in ("images", "annotations")),
     "data.workers",
     "data.max_bad_share",
     "objective.teacher_weights",

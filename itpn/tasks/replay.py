@@ -15,13 +15,15 @@ from itpn.engine.device_batch import Batch
 from itpn.engine.distributed import DeviceName, World, choose_device
 from itpn.engine.numerics import set_numerics
 from itpn.engine.replay import BadStep
+from itpn.heads.detect import DetectObjective
 from itpn.heads.finetune import ClassifyObjective
 from itpn.heads.segment import SegmentObjective
 from itpn.recipes.classify import Classify
+from itpn.recipes.detect import Detect
 from itpn.recipes.lookup import Recipe
 from itpn.recipes.pretrain import Pretrain
 from itpn.recipes.segment import Segment
-from itpn.tasks import classify, common, pretrain, segment
+from itpn.tasks import classify, common, detect, objects, pretrain, segment
 from itpn.weights import files
 
 
@@ -43,11 +45,13 @@ def replay_step(
     recipe: Recipe
     if "classifier" in weights.config:
         recipe = weights.recipe(Classify)
+    elif "detector" in weights.config:
+        recipe = weights.recipe(Detect)
     elif "segmenter" in weights.config:
         recipe = weights.recipe(Segment)
     else:
         recipe = weights.recipe(Pretrain)
-    objective: ClassifyObjective | SegmentObjective | pretrain.Objective
+    objective: ClassifyObjective | DetectObjective | SegmentObjective | pretrain.Objective
     images: Images
     samples: Callable[..., Iterator[Batch]]
     match recipe:
@@ -62,6 +66,11 @@ def replay_step(
             images, _ = classify.splits(recipe.data, recipe.val_share)
             objective = classify.build(recipe)
             samples = partial(common.batches, recipe, images, objective.draw)
+        case Detect():
+            recipe = replace(recipe, data=replace(recipe.data, root=root or recipe.data.root))
+            images, _ = objects.splits(recipe.data)
+            objective = detect.build(recipe)
+            samples = partial(detect.views, recipe, images, objective.draw)
         case Segment():
             recipe = replace(recipe, data=replace(recipe.data, root=root or recipe.data.root))
             images, _ = find_splits(recipe.data, recipe.val_share)

@@ -9,6 +9,8 @@ from typing import Literal
 from PIL.Image import Image
 from torch import Tensor
 
+from itpn.data.coco import Coco
+from itpn.data.detection import find_objects
 from itpn.data.picture import BadImageError
 from itpn.data.segmentation import find_splits
 from itpn.data.source import Images
@@ -16,14 +18,17 @@ from itpn.data.transforms import crop_ratio_of
 from itpn.engine.distributed import World
 from itpn.errors import UserError, printable
 from itpn.evaluate.classify import Predictions, Report, report
+from itpn.evaluate.detect import Result, Scores
 from itpn.evaluate.knn import KnnConfig, knn
 from itpn.evaluate.linear import LinearConfig, linear_probe
 from itpn.evaluate.segment import SegmentationScores, evaluate_segmentation
-from itpn.models import ClassifierModel, FeatureModel, SegmenterModel
+from itpn.models import ClassifierModel, DetectorModel, FeatureModel, SegmenterModel
 from itpn.nn.normalise import Normalise
 from itpn.recipes.classify import Classify
+from itpn.recipes.detect import Detect
 from itpn.recipes.pretrain import Pretrain
 from itpn.recipes.segment import Segment
+from itpn.tasks import objects
 from itpn.tasks.classify import in_precision, splits, validate
 from itpn.tasks.segment import compared, labeller
 from itpn.weights.files import Weights
@@ -52,6 +57,36 @@ def test_classifier(
     normalise = _normalise(model).to(world.device)
     found = validate(lambda images: model(normalise(images)), recipe, val, world, on_bad, progress="testing")
     return report(found, class_names), found, val
+
+
+def test_detector(
+    recipe: Detect, weights: Weights, world: World, on_bad: OnBad
+) -> tuple[list[Scores], list[Result], Coco]:
+    """A file's detector on the recipe's validation images, each once over all ranks: COCO's numbers of boxes
+    and masks (on rank 0), what was found, and the images.
+
+    Raises:
+        UserError: the file holds no detector, or one of other classes than the annotations have.
+    """
+    if "regions" not in weights.parts:
+        raise UserError(
+            f"{weights.path} holds no detector; fine-tune it first (itpn train CONFIG --init {weights.path})"
+        )
+    val = find_objects(recipe.data, "val")
+    model = DetectorModel.from_weights(weights).to(world.device)
+    _check_classes(model.classes, tuple(category.name for category in val.categories), weights, recipe)
+    results = objects.found_in(
+        model,
+        val,
+        recipe.data,
+        batch_size=recipe.eval_batch,
+        precision=recipe.loop.precision,
+        world=world,
+        on_bad=on_bad,
+        progress="testing",
+    )
+    scores = objects.scores_of(val, results, model.config.masks) if world.is_main else []
+    return scores, results, val
 
 
 def test_segmenter(
@@ -141,7 +176,10 @@ def write_numbers(numbers: dict[str, float], directory: Path) -> Path:
 
 
 def _check_classes(
-    theirs: tuple[str, ...] | None, ours: tuple[str, ...], weights: Weights, recipe: Classify | Segment
+    theirs: tuple[str, ...] | None,
+    ours: tuple[str, ...],
+    weights: Weights,
+    recipe: Classify | Detect | Segment,
 ) -> None:
     if theirs not in (None, ours):
         here, there = set(ours), set(theirs or ())

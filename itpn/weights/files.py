@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from itpn.engine import checkpoint
 from itpn.errors import UserError, printable
 from itpn.heads.classify import Classifier, ClassifierConfig
+from itpn.heads.detect import Detector, DetectorConfig
 from itpn.heads.segment import Segmenter
 from itpn.heads.upernet import SegmenterConfig
 from itpn.nn.hivit import LARGEST, HiViT
@@ -102,21 +103,34 @@ class Weights:
         raise UserError(f"{self.path}: its {name.replace('_', ' ')} is {printable(size)[:100]}, not {what}")
 
     def class_names(self) -> tuple[str, ...] | None:
-        """The names of a classifier's or segmenter's classes, by class id; None if it does not say."""
+        """The names of the classes that a fine-tuned model tells apart, by id; None if it does not say."""
         names = self.config.get("classes")
         if names is None:
             return None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"{self.path}: its classes are no list of names")
-        head: ClassifierConfig | SegmenterConfig
+        head: ClassifierConfig | DetectorConfig | SegmenterConfig
         if "segmenter" in self.config:
             head = self.part("segmenter", SegmenterConfig)
+        elif "detector" in self.config:
+            head = self.part("detector", DetectorConfig)
         else:
             head = self.part("classifier", ClassifierConfig)
         count = head.num_classes
         if len(names) != count:
             raise UserError(f"{self.path}: it names {len(names):,} classes and tells {count:,} apart")
         return tuple(names)
+
+    def category_ids(self) -> tuple[int, ...] | None:
+        """The ids of a detector's classes in its annotations; None if it does not say."""
+        ids = self.config.get("category_ids")
+        if ids is None:
+            return None
+        if not isinstance(ids, list) or not all(type(number) is int for number in ids):
+            raise UserError(f"{self.path}: its category_ids are no list of whole numbers")
+        if len(ids) != self.part("detector", DetectorConfig).num_classes:
+            raise UserError(f"{self.path}: it has {len(ids):,} category_ids, another number than classes")
+        return tuple(ids)
 
     def recipe(self, kind: type[T]) -> T:
         """The whole config as the recipe's dataclass."""
@@ -235,16 +249,25 @@ def read_if_ours(path: Path) -> Weights | None:
 
 def module_of(weights: Weights) -> nn.Module:
     """What the file holds, built from its config with starting weights: backbone and pyramid alone, or with
-    what pre-training, a classifier or a segmenter adds to them. Its state has the file's names, some with
-    `model.` in front."""
+    what pre-training, a classifier, a detector or a segmenter adds to them. Its state has the file's names,
+    some with `model.` in front."""
     model = weights.part("model", ModelConfig)
     if "classifier" in weights.config:
         return Classifier(HiViT(model.backbone), weights.part("classifier", ClassifierConfig))
+    if "regions" in weights.parts:
+        return Detector(model, detector_config(weights))
     if "decode_head" in weights.parts:
         return Segmenter(model, weights.part("segmenter", SegmenterConfig))
     if weights.parts <= {"backbone", "pyramid"}:
         return Model(model)
     return build_objective(model, weights.part("objective", kind_of(weights.config.get("objective"))))
+
+
+def detector_config(weights: Weights) -> DetectorConfig:
+    """Of a detector's file, with the mean and deviation of its images."""
+    config = weights.part("detector", DetectorConfig)
+    mean, std = weights.statistics(config.mean or PixelConfig.mean, config.std or PixelConfig.std)
+    return replace(config, mean=mean, std=std)
 
 
 def build_objective(

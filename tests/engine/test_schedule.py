@@ -49,6 +49,16 @@ def test_poly_is_mmcv_s() -> None:
         assert found == pytest.approx(expected, rel=1e-9)
 
 
+def test_steps_are_mmcv_s() -> None:
+    config = ScheduleConfig(shape="step", warmup_iterations=5, start_factor=0.001)
+    for step in range(12 * 7):  # StepLrUpdaterHook(step=[9, 11]) and its linear warm-up, written out
+        epoch = step // 7
+        regular = 0.5 * 0.1 ** (2 if epoch >= 11 else 1 if epoch >= 9 else 0)
+        expected = regular * (1 - (1 - step / 5) * (1 - 0.001)) if step < 5 else regular
+        found = lr_at(step, config, peak=0.5, epochs=12, steps_per_epoch=7)
+        assert found == pytest.approx(expected, rel=1e-9)
+
+
 def test_a_warm_up_in_steps() -> None:
     by_steps, by_epochs = ScheduleConfig(warmup_iterations=10), ScheduleConfig(warmup_epochs=2)
     for step in range(25):
@@ -61,7 +71,12 @@ def test_a_warm_up_in_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"), [({"warmup_epochs": 1, "warmup_iterations": 1}, "give one"), ({"power": 0}, "power")]
+    ("fields", "words"),
+    [
+        ({"warmup_epochs": 1, "warmup_iterations": 1}, "give one"),
+        ({"power": 0}, "power"),
+        ({"milestones": (9, 11)}, "shares"),
+    ],
 )
 def test_mistakes(fields, words) -> None:
     with pytest.raises(UserError, match=words):

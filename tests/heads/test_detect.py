@@ -170,7 +170,7 @@ def test_published_size(cascade):
     regions = RegionConfig(cascade=cascade)
     with torch.device("meta"):
         pretrained = ModelConfig(backbone=HiViTConfig(size="itpn_base"), pyramid=PyramidConfig(depth=1))
-        model = DetectObjective(pretrained, DetectorConfig(num_classes=80, regions=regions))
+        model = DetectObjective(pretrained, DetectorConfig(mean=(0.5,), std=(0.5,), regions=regions))
     conv, biased = 256 * 256 * 9, 256 * 256 * 9 + 256
     box = 4 * (conv + 2 * 256) + (256 * 49 + 1) * 1024 + 1025 * (81 + 320)
     mask = 4 * biased + 4 * 256 * 256 + 256 + 257 * 80
@@ -220,10 +220,10 @@ def test_it_learns_images_by_heart(norm):
 
 def test_what_does_not_go_together_is_refused():
     with pytest.raises(UserError, match="pyramid"):
-        DetectObjective(toy_model(pyramid=False), DetectorConfig(num_classes=3))
+        DetectObjective(toy_model(pyramid=False), DetectorConfig(mean=(0.5,), std=(0.5,)))
     with pytest.raises(UserError, match="num_classes"):
         DetectorConfig(num_classes=0)
     with pytest.raises(UserError, match="32 x 64"):
-        toy_detector().maps(torch.zeros(1, 3, 32, 64, dtype=torch.uint8))
+        toy_detector().maps(torch.zeros(1, 3, 32, 64))
     with pytest.raises(UserError, match="multiple"):
-        toy_detector().maps(torch.zeros(1, 3, 72, 64, dtype=torch.uint8))
+        toy_detector().maps(torch.zeros(1, 3, 72, 64))

@@ -1,0 +1,5 @@
+"""Cascade Mask R-CNN on iTPN-L pre-trained on CLIP: 36 epochs (ours)."""
+
+from itpn.recipes.detect import cascade_mask_rcnn
+
+config = cascade_mask_rcnn(pretrained="clip", size="large")

@@ -1,0 +1,5 @@
+"""Mask R-CNN on iTPN-B pre-trained on pixels: 36 epochs."""
+
+from itpn.recipes.detect import mask_rcnn
+
+config = mask_rcnn(pretrained="pixel", size="base", epochs=36)

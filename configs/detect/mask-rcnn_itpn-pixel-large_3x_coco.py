@@ -1,0 +1,5 @@
+"""Mask R-CNN on iTPN-L pre-trained on pixels: 36 epochs (ours)."""
+
+from itpn.recipes.detect import mask_rcnn
+
+config = mask_rcnn(pretrained="pixel", size="large", epochs=36)
