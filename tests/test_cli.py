@@ -91,9 +91,9 @@ def test_exit_status(monkeypatch, capsys, raised, status):
         ),
         ("info configs/none.py", "no config file or name 'configs/none.py'"),
         ("info --epochs 3 pretrain_demo", "the config comes first"),
-        ("info pretrain_demo --epoch 3", "Perhaps you meant: --epochs INT"),
+        ("info pretrain_demo --epoch 3", "Perhaps you meant: --epochs {None}|INT"),
         ("info pretrain_demo --model.bakbone.size itpn_base", "--model.backbone.size"),
-        ("info pretrain_demo --epochs many", "--epochs: invalid literal for int() with base 10: 'many'"),
+        ("info pretrain_demo --seed many", "--seed: invalid literal for int() with base 10: 'many'"),
         ("info pretrain_demo --epochs", "Missing value for argument '--epochs'"),
         ("info pretrain_demo --objective.features.branches some", "Expected one of ('sum', 'levels')"),
         ("info pretrain_demo --model.backbone.size huge", "choose one of hivit_tiny"),
@@ -158,13 +158,13 @@ def test_a_run_directory_of_another_model(capsys, elsewhere, images):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_an_override_error_is_one_line_in_any_terminal(encoding):
-    command = [sys.executable, "-m", "itpn", "info", "pretrain_demo", "--epochs", "many"]
+    command = [sys.executable, "-m", "itpn", "info", "pretrain_demo", "--seed", "many"]
     environment = ENVIRONMENT | {"PYTHONIOENCODING": encoding, "FORCE_COLOR": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert done.stderr == (
-        "itpn: Error parsing --epochs: invalid literal for int() with base 10: 'many'; "
-        "Argument helptext: --epochs INT; see itpn info pretrain_demo --help\n"
+        "itpn: Error parsing --seed: invalid literal for int() with base 10: 'many'; "
+        "Argument helptext: --seed INT; see itpn info pretrain_demo --help\n"
     )
 
 
