@@ -58,7 +58,7 @@ def test_files_that_cannot_grow(images: Path, tmp_path: Path, whole: Path) -> No
     assert ended.status == 2 and "Traceback" not in ended.output, ended.output
     assert re.search(r"checkpoint of step 13 \(.*File too large.*\); the newest is step 12's", ended.output)
     assert re.fullmatch(
-        r"itpn: cannot write what the run leaves in .*/run \(.*File too large.*\); make room and give .*",
+        r"itpn: cannot write .*/run \(.*File too large.*\); make room and give the same command again",
         ended.output.splitlines()[-1],
     )
     again = train(images, run)
