@@ -53,7 +53,7 @@ def main() -> None:
     if images.labels is None or images.class_names != val.class_names:
         raise SystemExit("train and val need the same class folders")
     start = starting_point(arguments.init)
-    size = start.model.backbone.config.image_size
+    size = (start.model.backbone.config.image_size,) * 2
     model = Classifier(start.model.backbone, ClassifierConfig(num_classes=len(images.class_names or ())))
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],

@@ -51,7 +51,7 @@ def main() -> None:
     batches = train_loader(
         images,
         DataConfig(min_scale=0.2, colour_jitter=0.4, workers=0),
-        image_size=arguments.image_size, draw=lambda generator: {}, seed=arguments.seed,
+        image_size=(arguments.image_size,) * 2, draw=lambda generator: {}, seed=arguments.seed,
         batch_size=arguments.batch_size, micro_batch=arguments.batch_size,
     )  # fmt: skip
     begun = time.perf_counter()
@@ -71,7 +71,7 @@ def main() -> None:
     model.eval()
     right = 0
     with torch.no_grad():
-        for batch in eval_loader(val, image_size=arguments.image_size, batch_size=64, workers=0):
+        for batch in eval_loader(val, image_size=(arguments.image_size,) * 2, batch_size=64, workers=0):
             right += int((model(normalise(batch["images"])).argmax(1) == batch["labels"]).sum())
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, arguments.out)
