@@ -302,7 +302,7 @@ def test_testing_a_run_on_one_and_on_two_ranks(run, config, tmp_path, capsys):
 
 def test_ranks_on_cpus_keep_the_same_statistics(images, config, tmp_path):
     said = two_ranks(tmp_path, "train", config, "--run-dir", "run", "--epochs", "1", "--picture-every", "0")
-    assert "each rank normalises its own boxes" in said
+    assert "each rank normalises its own samples" in said
     kept = files.read(tmp_path / "run" / "last.safetensors").tensors
     means = [tensor for name, tensor in kept.items() if name.endswith("running_mean")]
     assert means and all(tensor.abs().sum() > 0 for tensor in means)

@@ -35,12 +35,14 @@ from itpn.recipes import classify, pretrain
 from itpn.show.curves import COLOURS, read_metrics
 from itpn.show.sheet import FAINT
 
-EPOCHS = {"pixel": 80, "mae": 80, "mfm": 48, "noise": 80, "distilled": 16}
+EPOCHS = {"pixel": 80, "mae": 80, "mfm": 48, "noise": 80, "distilled": 16, "brief": 16}
 """Of pre-training: about as long for each, as stage `speed` measures."""
 ARMS = ("scratch", *EPOCHS)
-FOLLOWED = ("pixel", "distilled")
+FOLLOWED = ("pixel", "distilled", "brief")
 """Arms that are also fine-tuned from the weights after half of their epochs."""
-TEACHER_EPOCHS = 60
+TEACHERS = {"distilled": 60, "brief": 8}
+"""Epochs of an arm's teacher: as good as it becomes, or so short that teacher and student together take no
+longer than an arm without."""
 SEEDS = range(5)
 RATES = (3e-4, 1e-3, 3e-3)
 FINE_EPOCHS = 8
@@ -93,9 +95,14 @@ def write_noise(folder: Path, count: int, side: int = 96) -> None:
         Image.fromarray(pixels.astype(np.uint8).transpose(1, 2, 0)).save(folder / f"{i:05d}.png")
 
 
-def train_teacher(given: Arguments) -> None:
-    if not (given.out / "teacher.safetensors").is_file():
-        print(teacher(given.out / "teacher.safetensors", TEACHER_EPOCHS, given))
+def teacher_of(arm: str, given: Arguments) -> Path:
+    return given.out / f"teacher-{TEACHERS[arm]}.safetensors"
+
+
+def train_teachers(given: Arguments) -> None:
+    for arm in (arm for arm in given.arms if arm in TEACHERS):
+        if not teacher_of(arm, given).is_file():
+            print(teacher(teacher_of(arm, given), TEACHERS[arm], given))
 
 
 def teacher(path: Path, epochs: int, given: Arguments) -> dict[str, float]:
@@ -129,9 +136,9 @@ def pretraining(arm: str, seed: int, given: Arguments) -> pretrain.Pretrain:
     )
     if arm == "mae":
         return replace(recipe, model=replace(recipe.model, pyramid=None))
-    if arm == "distilled":
+    if arm in TEACHERS:
         objective = DistillConfig(
-            teacher="vit_tiny_patch16_224", teacher_weights=given.out / "teacher.safetensors",
+            teacher="vit_tiny_patch16_224", teacher_weights=teacher_of(arm, given),
             target="tokens", target_width=192, num_hidden=14, min_block=4, positions="all",
         )  # fmt: skip
         return replace(recipe, objective=objective)
@@ -226,9 +233,10 @@ def top1(recipe: classify.Classify) -> float:
 
 
 def measure_speed(given: Arguments) -> None:
-    """Minutes of each arm's pre-training and of the teacher's, one at a time, from 60 steps of each."""
-    short = teacher(given.out / "speed" / "teacher.safetensors", 3, given)
-    minutes = {"teacher": short["minutes"] * TEACHER_EPOCHS / 3}
+    """Minutes of each arm's pre-training and of a teacher's epoch, one at a time, from 60 steps of each."""
+    path = given.out / "minutes.json"
+    minutes = json.loads(path.read_text()) if path.is_file() else {}
+    minutes["teacher epoch"] = teacher(given.out / "speed" / "teacher.safetensors", 3, given)["minutes"] / 3
     for arm in (arm for arm in given.arms if arm != "scratch"):
         recipe = pretraining(arm, 0, given)
         directory = given.out / "speed" / arm
@@ -237,7 +245,7 @@ def measure_speed(given: Arguments) -> None:
         lines = [json.loads(line) for line in (directory / "speed.jsonl").read_text().splitlines()]
         rate = statistics.median(line["images_per_s"] for line in lines[2:])
         minutes[arm] = EPOCHS[arm] * len(find_images(given.images)) / rate / 60
-    (given.out / "minutes.json").write_text(json.dumps(minutes) + "\n")
+    path.write_text(json.dumps(minutes) + "\n")
     print(json.dumps(minutes))
 
 
@@ -271,7 +279,7 @@ def draw(accuracies: Mapping[str, Sequence[float]], given: Arguments) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for colour, arm in zip(COLOURS, [arm for arm in given.arms if arm != "scratch"], strict=False):
-        start = minutes["teacher"] if arm == "distilled" else 0
+        start = minutes["teacher epoch"] * TEACHERS.get(arm, 0)
         runs = [read_metrics(given.out / f"{arm}-s{seed}" / "metrics.jsonl") for seed in SEEDS]
         values = np.array([[100 * v["knn_top1"] for v in run.values() if "knn_top1" in v] for run in runs])
         places = start + minutes[arm] * np.linspace(0, 1, values.shape[1])
@@ -319,7 +327,7 @@ def half_width(values: Sequence[float]) -> float:
 
 STAGES: dict[str, Callable[[Arguments], None]] = {
     "data": write_data,
-    "teacher": train_teacher,
+    "teacher": train_teachers,
     "pretrain": pretrain_all,
     "finetune": finetune_all,
     "speed": measure_speed,

@@ -1,7 +1,7 @@
 """How well a classifier classifies: predictions for all images of a split, and what they are worth."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from itpn.data.picture import BadImageError, Size
 from itpn.data.source import Images
 from itpn.errors import UserError
-from itpn.evaluate.gather import OutputFn, gathered, outputs
+from itpn.evaluate.gather import OutputFn, Pass, gathered, outputs
 
 NUM_BINS = 15
 
@@ -68,18 +67,7 @@ class Report:
 
 
 def predict(
-    logits_fn: OutputFn,
-    images: Images,
-    *,
-    image_size: Size,
-    crop_ratio: float,
-    batch_size: int,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int | None = None,
-    on_bad: Callable[[BadImageError], None] | None = None,
-    progress: str = "",
+    logits_fn: OutputFn, images: Images, batch_size: int, through: Pass, progress: str = ""
 ) -> Predictions:
     """Logits of every image exactly once, on the CPU, the same on every rank.
 
@@ -87,20 +75,8 @@ def predict(
         logits_fn: Images uint8 [B, 3, H, W] on the device -> logits [B, classes]; in evaluation mode.
         progress: see `itpn.evaluate.gather.outputs`.
     """
-    logits, labels = outputs(
-        logits_fn,
-        images,
-        image_size=image_size,
-        crop_ratio=crop_ratio,
-        batch_size=batch_size,
-        device=device,
-        rank=rank,
-        world_size=world_size,
-        workers=workers,
-        on_bad=on_bad,
-        progress=progress,
-    )
-    logits, labels = (gathered(mine, len(images), world_size).cpu() for mine in (logits, labels))
+    logits, labels = outputs(logits_fn, images, batch_size, through, progress)
+    logits, labels = (gathered(mine, len(images), through.world_size).cpu() for mine in (logits, labels))
     return Predictions(torch.arange(len(images)), labels, logits)
 
 

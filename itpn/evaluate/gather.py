@@ -1,6 +1,7 @@
 """What a frozen model makes of every image of a split, each image once over all ranks."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,19 +18,21 @@ OutputFn = Callable[[Tensor], Tensor]
 """Images uint8 [B, 3, H, W] on the device -> rows [B, D], features or logits."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """How images are gone through, each once over all ranks; the fields are those of `eval_loader`."""
+
+    image_size: Size
+    crop_ratio: float = CROP_RATIO
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    workers: int | None = None
+    on_bad: Callable[[BadImageError], None] | None = None
+
+
 def outputs(
-    output_fn: OutputFn,
-    images: Images,
-    *,
-    image_size: Size,
-    crop_ratio: float = CROP_RATIO,
-    batch_size: int,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int | None = None,
-    on_bad: Callable[[BadImageError], None] | None = None,
-    progress: str = "",
+    output_fn: OutputFn, images: Images, batch_size: int, through: Pass, progress: str = ""
 ) -> tuple[Tensor, Tensor]:
     """This rank's rows fp32 [n, D] and labels long [n], on the device: of images r, r + world_size, ….
 
@@ -39,23 +42,24 @@ def outputs(
     Raises:
         UserError: there are fewer images than ranks.
     """
+    rank, world_size = through.rank, through.world_size
     if len(images) < world_size:
         raise UserError(f"{world_size} ranks for {len(images)} images: each needs one; use fewer ranks")
     batches: Iterable[Batch] = eval_loader(
         images,
-        image_size=image_size,
-        crop_ratio=crop_ratio,
+        image_size=through.image_size,
+        crop_ratio=through.crop_ratio,
         batch_size=batch_size,
         rank=rank,
         world_size=world_size,
-        workers=workers,
-        device=device,
-        on_bad=on_bad,
+        workers=through.workers,
+        device=through.device,
+        on_bad=through.on_bad,
     )
     if progress:
         num_mine = len(range(rank, len(images), world_size))
         batches = watched(batches, progress, -(-num_mine // batch_size))
-    return extract(output_fn, batches, device)
+    return extract(output_fn, batches, through.device)
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ Each image of the validation split is classified by the k training images of hig
 voting for its class with weight exp(s / temperature).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +12,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from itpn.data.classes import check_same_classes
-from itpn.data.picture import BadImageError, Size
 from itpn.data.source import Images
-from itpn.data.transforms import CROP_RATIO
 from itpn.errors import UserError
-from itpn.evaluate.gather import OutputFn, gathered, outputs, summed
+from itpn.evaluate.gather import OutputFn, Pass, gathered, outputs, summed
 
 MAX_SIMILARITIES = 1 << 26
 """Similarities held at a time (256 MB), which bounds the memory for any size of the training split."""
@@ -42,18 +39,7 @@ class KnnConfig:
 
 
 def knn(
-    features_fn: OutputFn,
-    train: Images,
-    val: Images,
-    config: KnnConfig,
-    *,
-    image_size: Size,
-    crop_ratio: float = CROP_RATIO,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int | None = None,
-    on_bad: Callable[[BadImageError], None] | None = None,
+    features_fn: OutputFn, train: Images, val: Images, config: KnnConfig, through: Pass
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy on `val`, each in 0..1, each image counted once; the same on every rank.
 
@@ -62,30 +48,19 @@ def knn(
     num_classes = len(check_same_classes(train, val))
 
     def features_of(images: Images) -> tuple[Tensor, Tensor]:
-        features, labels = outputs(
-            features_fn,
-            images,
-            image_size=image_size,
-            crop_ratio=crop_ratio,
-            batch_size=config.batch_size,
-            device=device,
-            rank=rank,
-            world_size=world_size,
-            workers=workers,
-            on_bad=on_bad,
-        )
+        features, labels = outputs(features_fn, images, config.batch_size, through)
         return normalize(features, dim=1), labels
 
-    keys, key_labels = (gathered(mine, len(train), world_size) for mine in features_of(train))
+    keys, key_labels = (gathered(mine, len(train), through.world_size) for mine in features_of(train))
     keys, key_labels = keys[key_labels >= 0], key_labels[key_labels >= 0]
     queries, labels = features_of(val)
-    hits = torch.zeros(2, dtype=torch.long, device=device)
+    hits = torch.zeros(2, dtype=torch.long, device=through.device)
     chunk = max(1, MAX_SIMILARITIES // max(1, len(keys)))
     for start in range(0, len(queries), chunk):
         some = slice(start, start + chunk)
         votes = knn_votes(queries[some], keys, key_labels, num_classes, config.k, config.temperature)
         hits += torch.stack([_hits(votes, labels[some], 1), _hits(votes, labels[some], 5)])
-    top1, top5 = summed(hits, world_size).tolist()
+    top1, top5 = summed(hits, through.world_size).tolist()
     return {"knn_top1": top1 / len(val), "knn_top5": top5 / len(val)}
 
 

@@ -4,9 +4,8 @@ Every image is seen once, as its central crop. The features are standardised per
 regression on them is convex, so that its optimum depends on no learning rate, order or seed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,12 +13,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from itpn.data.classes import check_same_classes
-from itpn.data.picture import BadImageError, Size
 from itpn.data.randomness import permutation
 from itpn.data.source import Images
-from itpn.data.transforms import CROP_RATIO
 from itpn.errors import UserError
-from itpn.evaluate.gather import OutputFn, gathered, outputs, summed
+from itpn.evaluate.gather import OutputFn, Pass, gathered, outputs, summed
 
 MAX_LOGITS = 1 << 26
 """Logits held at a time (256 MB), which bounds the memory for any size of the training split."""
@@ -30,8 +27,6 @@ HELD_OUT = 10
 
 @dataclass(frozen=True, kw_only=True)
 class LinearConfig:
-    root: Path | None = None
-    """Folder with train and val, in class folders; None: the folder of the training images."""
     l2: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
     """Strengths to choose from: half of it times the sum of squared weights is added to the loss."""
     max_steps: int = 500
@@ -57,18 +52,7 @@ class Layer(NamedTuple):
 
 
 def linear_probe(
-    features_fn: OutputFn,
-    train: Images,
-    val: Images,
-    config: LinearConfig,
-    *,
-    image_size: Size,
-    crop_ratio: float = CROP_RATIO,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int | None = None,
-    on_bad: Callable[[BadImageError], None] | None = None,
+    features_fn: OutputFn, train: Images, val: Images, config: LinearConfig, through: Pass
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy on `val`, each in 0..1, each image counted once, and the L2 strength chosen.
 
@@ -79,20 +63,9 @@ def linear_probe(
     num_classes = len(check_same_classes(train, val))
 
     def features_of(images: Images, split: str) -> tuple[Tensor, Tensor]:
-        return outputs(
-            features_fn,
-            images,
-            image_size=image_size,
-            crop_ratio=crop_ratio,
-            batch_size=config.batch_size,
-            device=device,
-            rank=rank,
-            world_size=world_size,
-            workers=workers,
-            on_bad=on_bad,
-            progress=f"features of {split}",
-        )
+        return outputs(features_fn, images, config.batch_size, through, f"features of {split}")
 
+    world_size = through.world_size
     features, labels = (gathered(mine, len(train), world_size) for mine in features_of(train, "train"))
     features, labels = features[labels >= 0], labels[labels >= 0]
     if len(labels) < 2:
@@ -103,7 +76,7 @@ def linear_probe(
 
     l2, start = config.l2[0], None
     if len(config.l2) > 1:
-        l2, start = choose_l2(features, labels, num_classes, config, rank, world_size)
+        l2, start = choose_l2(features, labels, num_classes, config, through.rank, world_size)
     layer = fit(features, labels, num_classes, l2, config.max_steps, start)
     features, labels = features_of(val, "val")
     hits = count_hits(layer, features.sub_(mean).div_(deviation), labels)

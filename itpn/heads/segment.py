@@ -1,7 +1,5 @@
 """Semantic segmentation: UPerNet on the pyramid's four maps, its loss, and labels for images."""
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -174,18 +172,3 @@ class SegmentObjective(Segmenter):
                 "batch norm cannot train on one image at a time: give --device-batch 2 or more, or use "
                 "--segmenter.norm group"
             )
-
-
-def synchronise_norms(objective: nn.Module, num_ranks: int, device: torch.device) -> nn.Module:
-    """Batch norms that see the images of all ranks, as published; the same module if there is nothing to do.
-
-    Raises:
-        UserError: there are several ranks on CPUs, where torch has no such norm.
-    """
-    has_batch_norm = any(isinstance(layer, nn.BatchNorm2d) for layer in objective.modules())
-    if num_ranks == 1 or not has_batch_norm:
-        return objective
-    if device.type != "cuda":
-        raise UserError("batch norm over several ranks needs GPUs; use --segmenter.norm group")
-    convert = nn.SyncBatchNorm.convert_sync_batchnorm
-    return cast(nn.Module, convert(objective))  # type: ignore[no-untyped-call]

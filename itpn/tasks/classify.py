@@ -5,45 +5,37 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from itpn.data.classes import check_same_classes, describe_balance, readable
 from itpn.data.images import find_images, split_folder
-from itpn.data.loader import DataConfig, steps_per_epoch
+from itpn.data.loader import DataConfig, train_loader
 from itpn.data.picture import BadImageError
 from itpn.data.source import Images, hold_out
-from itpn.data.transforms import crop_ratio_of
-from itpn.engine.bad_files import BadFiles
 from itpn.engine.distributed import World, join_world
-from itpn.engine.loop import Interlude, train
 from itpn.engine.numerics import Precision
 from itpn.engine.run import Run
 from itpn.errors import UserError
 from itpn.evaluate.classify import Predictions, Report, predict, report, scores
 from itpn.heads.finetune import ClassifyObjective
-from itpn.nn.depth import lr_scales
 from itpn.nn.pyramid import ModelConfig
 from itpn.objectives.pixel import PixelConfig
 from itpn.recipes.classify import Classify
 from itpn.show.classify import confusion_picture
-from itpn.show.curves import loss_curves
+from itpn.tasks import finetuning
 from itpn.tasks.common import (
-    BEST,
-    LAST,
-    Kept,
-    batches,
+    begins_with,
     config_of,
     evaluating,
-    fine_tuned,
-    has_checkpoint,
+    going_through,
     is_finished,
-    leaving,
     left_out,
     open_run,
 )
+from itpn.tasks.finetuning import fine_tune, fine_tuned, introduce
 from itpn.weights import files, loading
 from itpn.weights.files import Weights
 
@@ -61,35 +53,14 @@ def classify(recipe: Classify) -> Path:
         run = open_run(recipe, world)
         if is_finished(run):
             return run.directory
-        run.say(f"to train on: {images.description}\nto validate on: {val.description}")
+        introduce(run, images, val)
         run.say(describe_balance(images))
-        run.pin("images", images.fingerprint)
-        run.pin("validation images", val.fingerprint)
-        bad = BadFiles(run, len(images), recipe.data.max_bad_share)
-        steps = steps_per_epoch(len(images), recipe.loop.batch_size)
         objective = build(recipe)
-        if weights and has_checkpoint(run):
-            run.say(f"going on from a checkpoint; --init {recipe.init} was for the start")
-        elif weights:
+        if weights and begins_with(run, weights.path):
             run.say(loading.load_backbone(objective.model.backbone, weights))
             objective.restart_average()
-        num_steps = recipe.loop.num_steps(steps)
-        evaluation = Evaluation(recipe, objective, val, run, bad, num_steps)
-        trained = [name for name, parameter in objective.named_parameters() if parameter.requires_grad]
-        finished = train(
-            objective,
-            partial(batches, recipe, images, objective.draw, world, bad),
-            steps_per_epoch=steps,
-            loop=recipe.loop,
-            optim=recipe.optim,
-            schedule=recipe.schedule,
-            run=run,
-            bad=bad,
-            interludes=[Interlude(recipe.eval_every or num_steps, evaluation)],
-            lr_scales=lr_scales(trained, recipe.model.backbone.shape.depths, recipe.layer_decay),
-        )
-        if finished:
-            _finish(recipe, evaluation, num_steps)
+        loader = partial(train_loader, images, recipe.data, image_size=recipe.image_size)
+        fine_tune(recipe, objective, images, loader, Evaluation(recipe, objective, images, val, run))
         return run.directory
 
 
@@ -137,26 +108,30 @@ def build(recipe: Classify) -> ClassifyObjective:
     return ClassifyObjective(recipe.model.backbone, recipe.classifier, recipe.finetune, recipe.image_size)
 
 
-class Evaluation:
+class Evaluation(finetuning.Evaluation):
     """Validates at the end of epochs, and keeps the best and the last weights."""
 
-    def __init__(
-        self,
-        recipe: Classify,
-        objective: ClassifyObjective,
-        val: Images,
-        run: Run,
-        bad: BadFiles,
-        num_steps: int,
-    ) -> None:
-        self.recipe, self.objective, self.val, self.run, self.bad = recipe, objective, val, run, bad
-        self.kept = Kept(run.directory, "val_top1", num_steps)
-        self.report: Report | None = None
+    NAMES: ClassVar = {"val_top1": "top-1"}
+    CURVES = ("loss", "accuracy", "val_top1", "val_loss")
+    PICTURE = "confusion.png"
 
-    def __call__(self, epoch: float, step: int) -> dict[str, float]:
-        if step == 0:  # a head that has learned nothing says nothing
-            return {}
-        model, normalise = self.objective.evaluated.eval(), self.objective.normalise
+    def __init__(
+        self, recipe: Classify, objective: ClassifyObjective, images: Images, val: Images, run: Run
+    ) -> None:
+        super().__init__(recipe, images, val, run)
+        self.recipe, self.objective, self.val = recipe, objective, val
+        self.found: Report | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        return self.objective.evaluated
+
+    @property
+    def portable_config(self) -> dict[str, Any]:
+        return portable_config(self.recipe, self.val.class_names or ())
+
+    def measure(self) -> dict[str, float]:
+        model, normalise = self.model.eval(), self.objective.normalise
         found = validate(
             lambda images: model(normalise(images)),
             self.recipe,
@@ -164,12 +139,12 @@ class Evaluation:
             self.run.world,
             partial(left_out, self.bad),
         )
-        class_names = self.val.class_names or ()
-        self.report = report(found, class_names)
-        if self.run.world.is_main:
-            config = portable_config(self.recipe, class_names)
-            self.kept.offer(model, config, epoch, step, scores(self.report))
-        return scores(self.report)
+        self.found = report(found, self.val.class_names or ())
+        return scores(self.found)
+
+    def report(self, directory: Path) -> None:
+        if self.found is not None:
+            write_report(self.found, self.val.class_names or (), directory)
 
 
 def portable_config(recipe: Classify, class_names: tuple[str, ...]) -> dict[str, Any]:
@@ -202,15 +177,9 @@ def validate(
     return predict(
         in_precision(logits, recipe.loop.precision, world.device),
         val,
-        image_size=recipe.image_size,
-        crop_ratio=crop_ratio_of(recipe.image_size),
-        batch_size=recipe.eval_batch,
-        device=world.device,
-        rank=world.rank,
-        world_size=world.size,
-        workers=recipe.data.workers,
-        on_bad=on_bad,
-        progress=progress,
+        recipe.eval_batch,
+        going_through(recipe, world, on_bad),
+        progress,
     )
 
 
@@ -224,23 +193,3 @@ def write_report(found: Report, class_names: tuple[str, ...], directory: Path) -
     path.write_text(json.dumps(numbers | {"classes": rows}, indent=1) + "\n")
     confusion_picture(found.confusion, found.reliability, names, picture)
     return [path, picture]
-
-
-def _finish(recipe: Classify, evaluation: Evaluation, step: int) -> None:
-    """What the run leaves behind: its best and last weights, a report of the last, and its curves."""
-    run, found = evaluation.run, evaluation.report
-    if not run.world.is_main:
-        return
-    directory = run.directory
-    with leaving(directory):
-        if found is not None:
-            write_report(found, evaluation.val.class_names or (), directory)
-        keys = ("loss", "accuracy", "val_top1", "val_loss")
-        loss_curves({recipe.name: [directory / "metrics.jsonl"]}, run.pictures / "curves.png", keys)
-    run.finish(step)
-    best = evaluation.kept.best
-    run.say(
-        f"finished: {directory / BEST} is of epoch {best['epoch']:g}, {best['val_top1']:.1%} top-1; "
-        f"{LAST} beside it"
-    )
-    run.say(f"look first at {run.pictures / 'confusion.png'} and curves.png")

@@ -1,6 +1,6 @@
-"""What the wiring of every task has in common: its run, its batches, its config, the weights it keeps."""
+"""What the wiring of every task has in common: its run, its batches, its config."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -9,24 +9,24 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
-from itpn.data.loader import Batch, Draw, train_loader
+from itpn.data.loader import Batch, Draw
 from itpn.data.picture import BadImageError
-from itpn.data.source import Images
+from itpn.data.transforms import crop_ratio_of
 from itpn.engine import checkpoint
 from itpn.engine.bad_files import BadFiles
 from itpn.engine.distributed import World
 from itpn.engine.numerics import Precision, choose_precision
 from itpn.engine.run import Run
 from itpn.errors import UserError
-from itpn.nn.hivit import HiViTConfig
+from itpn.evaluate.gather import Pass
 from itpn.recipes.classify import Classify
 from itpn.recipes.lookup import Recipe
 from itpn.recipes.pretrain import Pretrain
 from itpn.weights import files
 
-BEST, LAST = "best.safetensors", "last.safetensors"
+Loader = Callable[..., Iterator[Batch]]
+"""A room's training loader of a data set, waiting for the arguments that all such loaders share."""
 
 FREE = (
     "data.root",  # the images themselves are pinned
@@ -92,30 +92,17 @@ def has_checkpoint(run: Run) -> bool:
     return bool(run.world.largest(found)[0])
 
 
-def fine_tuned(ours: HiViTConfig, there: HiViTConfig | None) -> HiViTConfig:
-    """The backbone to fine-tune: that of the weights to start from, but for what a recipe decides; without
-    weights, the recipe's.
-
-    Raises:
-        UserError: it does not take pictures.
-    """
-    backbone = ours
-    if there is not None:
-        backbone = replace(
-            there,
-            drop_path=ours.drop_path,
-            checkpointing=ours.checkpointing,
-            relative_resampling=ours.relative_resampling,
-            relative_position_bias=there.relative_position_bias or ours.relative_position_bias,
-        )
-    if backbone.in_channels != 3:
-        raise UserError("model.backbone.in_channels: images are read as 3 channels; leave it at 3 to train")
-    return backbone
+def begins_with(run: Run, init: Path) -> bool:
+    """Whether the run starts from these weights; one that has begun goes on from its own, which it says."""
+    if not has_checkpoint(run):
+        return True
+    run.say(f"going on from a checkpoint; --init {init} was for the start")
+    return False
 
 
 def batches(
-    recipe: Pretrain | Classify,
-    images: Images,
+    loader: Loader,
+    recipe: Recipe,
     draw: Draw,
     world: World,
     bad: BadFiles | None,
@@ -123,10 +110,7 @@ def batches(
     device_batch: int,
 ) -> Iterator[Batch]:
     """A rank's micro-batches from a step on, without end."""
-    return train_loader(
-        images,
-        recipe.data,
-        image_size=recipe.image_size,
+    return loader(
         draw=draw,
         seed=recipe.loop.seed,
         batch_size=recipe.loop.batch_size,
@@ -147,6 +131,19 @@ def replaced(bad: BadFiles, error: BadImageError) -> None:
 def left_out(bad: BadFiles, error: BadImageError) -> None:
     """An image of an evaluation could not be read."""
     bad.met(error.path, error.reason, replaced=False)
+
+
+def going_through(recipe: Pretrain | Classify, world: World, on_bad: Callable[[BadImageError], None]) -> Pass:
+    """How an evaluation goes through images for a recipe: its size, the whole world, its workers."""
+    return Pass(
+        image_size=recipe.image_size,
+        crop_ratio=crop_ratio_of(recipe.image_size),
+        device=world.device,
+        rank=world.rank,
+        world_size=world.size,
+        workers=recipe.data.workers,
+        on_bad=on_bad,
+    )
 
 
 @contextmanager
@@ -170,47 +167,6 @@ def leaving(path: Path) -> Iterator[None]:
         raise UserError(
             f"cannot write {path} ({error}); make room and give the same command again"
         ) from error
-
-
-class Kept:
-    """The best and the last weights of a run, as files of their own that say what was measured.
-
-    Args:
-        key: the number that is best where it is highest.
-        last_step: of the whole run.
-    """
-
-    def __init__(self, directory: Path, key: str, last_step: int) -> None:
-        self.directory, self.key, self.last_step = directory, key, last_step
-
-    def offer(
-        self,
-        model: nn.Module,
-        config: Mapping[str, Any],
-        epoch: float,
-        step: int,
-        numbers: Mapping[str, float],
-    ) -> None:
-        """Keeps the model where it is better than those before, and at the last step."""
-        measured = {"epoch": epoch, **numbers}
-        before = self.best
-        better = self.key not in before or measured[self.key] > before[self.key]
-        if better or before["epoch"] >= epoch:  # a later one is of a future that was gone back from
-            self._save(BEST, model, {**config, "measured": measured})
-        if step == self.last_step:
-            self._save(LAST, model, {**config, "measured": measured})
-
-    @property
-    def best(self) -> dict[str, Any]:
-        """What was measured of the best; nothing where its file is damaged."""
-        weights = files.read_if_ours(self.directory / BEST)
-        measured: dict[str, Any] = weights.config.get("measured", {}) if weights else {}
-        return measured
-
-    def _save(self, name: str, model: nn.Module, config: Mapping[str, Any]) -> None:
-        tensors = {key: tensor.cpu() for key, tensor in files.portable(model).items()}
-        with leaving(self.directory / name):
-            files.save(self.directory / name, tensors, config)
 
 
 def config_of(recipe: Any) -> dict[str, Any]:

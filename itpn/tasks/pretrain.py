@@ -12,7 +12,7 @@ from torch import Tensor
 
 from itpn.data.classes import check_same_classes
 from itpn.data.images import find_images
-from itpn.data.loader import steps_per_epoch
+from itpn.data.loader import steps_per_epoch, train_loader
 from itpn.data.picture import BadImageError
 from itpn.data.source import Images
 from itpn.data.transforms import center_crop
@@ -31,7 +31,16 @@ from itpn.objectives.teacher import build_teacher
 from itpn.recipes.pretrain import Pretrain
 from itpn.show.curves import loss_curves
 from itpn.show.reconstruction import distillation_picture, reconstruction_picture
-from itpn.tasks.common import batches, config_of, has_checkpoint, is_finished, leaving, open_run
+from itpn.tasks.common import (
+    batches,
+    begins_with,
+    config_of,
+    going_through,
+    is_finished,
+    leaving,
+    left_out,
+    open_run,
+)
 from itpn.weights import files, loading
 from itpn.weights.convert import read_foreign
 
@@ -60,13 +69,12 @@ def pretrain(recipe: Pretrain) -> Path:
         objective = build(recipe)
         if taught := teach(objective):
             run.say(taught)
-        if recipe.init and has_checkpoint(run):
-            run.say(f"going on from a checkpoint; --init {recipe.init} was for the start")
-        elif recipe.init:
+        if recipe.init and begins_with(run, recipe.init):
             run.say(loading.load_into(objective, files.read(recipe.init)))
+        loader = partial(train_loader, images, recipe.data, image_size=recipe.image_size)
         finished = train(
             objective,
-            partial(batches, recipe, images, objective.draw, world, bad),
+            partial(batches, loader, recipe, objective.draw, world, bad),
             steps_per_epoch=steps,
             loop=recipe.loop,
             optim=recipe.optim,
@@ -216,24 +224,15 @@ def _knn(recipe: Pretrain, images: Images, objective: Objective, world: World, b
     val_images = find_images(root, "val")
     check_same_classes(train_images, val_images)
 
+    through = going_through(recipe, world, partial(left_out, bad))
+
     def pooled(pixels: Tensor) -> Tensor:
         tokens: Tensor = objective.model.backbone(objective.normalise(pixels)).c16
         return tokens.mean(1)
 
     def evaluate(epoch: float, step: int) -> dict[str, float]:
         objective.eval()
-        return knn(
-            pooled,
-            train_images,
-            val_images,
-            recipe.knn,
-            image_size=recipe.image_size,
-            device=world.device,
-            rank=world.rank,
-            world_size=world.size,
-            workers=recipe.data.workers,
-            on_bad=lambda error: bad.met(error.path, error.reason, replaced=False),
-        )
+        return knn(pooled, train_images, val_images, recipe.knn, through)
 
     return Interlude(recipe.knn.every, evaluate)
 

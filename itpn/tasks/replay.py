@@ -1,14 +1,16 @@
 """`itpn replay`: a run's step that went wrong, taken again."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from itpn.data import detection
 from itpn.data.images import find_images
-from itpn.data.segmentation import find_splits
+from itpn.data.loader import train_loader
+from itpn.data.segmentation import find_splits, train_crops
 from itpn.data.source import Images
 from itpn.engine import replay
 from itpn.engine.device_batch import Batch
@@ -53,29 +55,29 @@ def replay_step(
         recipe = weights.recipe(Pretrain)
     objective: ClassifyObjective | DetectObjective | SegmentObjective | pretrain.Objective
     images: Images
-    samples: Callable[..., Iterator[Batch]]
+    loader: common.Loader
     match recipe:
         case Pretrain():
             recipe = replace(recipe, data=replace(recipe.data, root=root or recipe.data.root))
             images = find_images(recipe.data.root, "train", recipe.data.list)
             objective = pretrain.build(recipe)
             pretrain.teach(objective)
-            samples = partial(common.batches, recipe, images, objective.draw)
+            loader = partial(train_loader, images, recipe.data, image_size=recipe.image_size)
         case Classify():
             recipe = replace(recipe, data=replace(recipe.data, root=root or recipe.data.root))
             images, _ = classify.splits(recipe.data, recipe.val_share)
             objective = classify.build(recipe)
-            samples = partial(common.batches, recipe, images, objective.draw)
+            loader = partial(train_loader, images, recipe.data, image_size=recipe.image_size)
         case Detect():
             recipe = replace(recipe, data=replace(recipe.data, root=root or recipe.data.root))
             images, _ = objects.splits(recipe.data)
             objective = detect.build(recipe)
-            samples = partial(detect.views, recipe, images, objective.draw)
+            loader = partial(detection.train_loader, images, recipe.data)
         case Segment():
             recipe = replace(recipe, data=replace(recipe.data, root=root or recipe.data.root))
             images, _ = find_splits(recipe.data, recipe.val_share)
             objective = segment.build(recipe)
-            samples = partial(segment.crops, recipe, images, objective.draw)
+            loader = partial(train_crops, images, recipe.data)
     for block in objective.compile_blocks() if recipe.loop.compile else ():
         block.compile()
     device = choose_device(device_name)
@@ -83,6 +85,6 @@ def replay_step(
 
     def batches(rank: int) -> Iterator[Batch]:
         world = World(rank, len(before.losses), device)
-        return samples(world, None, before.step, before.micro_batch)
+        return common.batches(loader, recipe, objective.draw, world, None, before.step, before.micro_batch)
 
     return before, replay.again(objective, kept, batches, device), images

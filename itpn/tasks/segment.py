@@ -3,48 +3,31 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image
 
 from itpn.data.aligned import fitted
 from itpn.data.labelled import LabelledImages
-from itpn.data.loader import Batch, Draw, steps_per_epoch
 from itpn.data.picture import BadImageError
 from itpn.data.segmentation import SegmentationDataConfig, find_splits, train_crops
-from itpn.engine.bad_files import BadFiles
-from itpn.engine.distributed import World, join_world
-from itpn.engine.loop import Interlude, train
+from itpn.engine.distributed import join_world
 from itpn.engine.numerics import Precision
 from itpn.engine.run import Run
 from itpn.evaluate.segment import SegmentationScores, SegmentFn, evaluate_segmentation
-from itpn.heads.segment import Segmenter, SegmentObjective, synchronise_norms
+from itpn.heads.segment import Segmenter, SegmentObjective
 from itpn.heads.windows import InferenceConfig
-from itpn.nn.depth import lr_scales
 from itpn.nn.pyramid import ModelConfig
 from itpn.objectives.pixel import PixelConfig
 from itpn.recipes.segment import Segment
-from itpn.show.curves import loss_curves
 from itpn.show.segment import comparison_picture
-from itpn.tasks.common import (
-    BEST,
-    LAST,
-    Kept,
-    config_of,
-    evaluating,
-    fine_tuned,
-    has_checkpoint,
-    is_finished,
-    leaving,
-    left_out,
-    open_run,
-    replaced,
-)
+from itpn.tasks import finetuning
+from itpn.tasks.common import begins_with, config_of, evaluating, is_finished, left_out, open_run
+from itpn.tasks.finetuning import fine_tune, fine_tuned, introduce
 from itpn.weights import files, loading
 from itpn.weights.files import Weights
 
@@ -64,40 +47,18 @@ def segment(recipe: Segment) -> Path:
         run = open_run(recipe, world)
         if is_finished(run):
             return run.directory
-        run.say(f"to train on: {images.description}\nto validate on: {val.description}")
-        run.pin("images", images.fingerprint)
-        run.pin("validation images", val.fingerprint)
-        bad = BadFiles(run, len(images), recipe.data.max_bad_share)
+        introduce(run, images, val)
         objective = build(recipe)
-        if weights and has_checkpoint(run):
-            run.say(f"going on from a checkpoint; --init {recipe.init} was for the start")
-        elif weights:
+        if weights and begins_with(run, weights.path):
             run.say(loading.load_model(objective.model, weights, pyramid=recipe.init_pyramid))
-        synchronise_norms(objective, world.size, world.device)
-        steps = steps_per_epoch(len(images), recipe.loop.batch_size)
-        num_steps = recipe.loop.num_steps(steps)
-        evaluation = Evaluation(recipe, objective, val, run, bad, num_steps)
-        finished = train(
+        fine_tune(
+            recipe,
             objective,
-            partial(crops, recipe, images, objective.draw, world, bad),
-            steps_per_epoch=steps,
-            loop=recipe.loop,
-            optim=recipe.optim,
-            schedule=recipe.schedule,
-            run=run,
-            bad=bad,
-            interludes=[
-                Interlude(recipe.eval_every or num_steps, evaluation),
-                Interlude(recipe.loop.picture_every, evaluation.picture),
-            ],
-            lr_scales=lr_scales(
-                (name for name, _ in objective.named_parameters()),
-                recipe.model.backbone.shape.depths,
-                recipe.layer_decay,
-            ),
+            images,
+            partial(train_crops, images, recipe.data),
+            Evaluation(recipe, objective, images, val, run),
+            group_norm="--segmenter.norm group",
         )
-        if finished:
-            _finish(recipe, evaluation, num_steps)
         return run.directory
 
 
@@ -129,51 +90,35 @@ def build(recipe: Segment) -> SegmentObjective:
     return SegmentObjective(recipe.model, recipe.segmenter, recipe.image_size)
 
 
-def crops(
-    recipe: Segment,
-    images: LabelledImages,
-    draw: Draw,
-    world: World,
-    bad: BadFiles | None,
-    start_step: int,
-    device_batch: int,
-) -> Iterator[Batch]:
-    """A rank's micro-batches from a step on, without end."""
-    return train_crops(
-        images,
-        recipe.data,
-        draw=draw,
-        seed=recipe.loop.seed,
-        batch_size=recipe.loop.batch_size,
-        micro_batch=device_batch,
-        rank=world.rank,
-        world_size=world.size,
-        start_step=start_step,
-        device=world.device,
-        on_bad=None if bad is None else partial(replaced, bad),
-    )
-
-
-class Evaluation:
+class Evaluation(finetuning.Evaluation):
     """Validates now and then, keeps the best and the last weights, and draws what the model says."""
+
+    NAMES: ClassVar = {"miou": "mIoU"}
+    CURVES = ("loss", "accuracy", "miou", "pixel_accuracy")
+    PICTURE = "the newest segmentation"
 
     def __init__(
         self,
         recipe: Segment,
         objective: SegmentObjective,
+        images: LabelledImages,
         val: LabelledImages,
         run: Run,
-        bad: BadFiles,
-        num_steps: int,
     ) -> None:
-        self.recipe, self.objective, self.val, self.run, self.bad = recipe, objective, val, run, bad
-        self.kept = Kept(run.directory, "miou", num_steps)
+        super().__init__(recipe, images, val, run)
+        self.recipe, self.objective, self.val = recipe, objective, val
         self.labels = labeller(objective, recipe.inference, recipe.loop.precision, run.world.device)
         self.scores: SegmentationScores | None = None
 
-    def __call__(self, epoch: float, step: int) -> dict[str, float]:
-        if step == 0:  # a head that has learned nothing says nothing
-            return {}
+    @property
+    def model(self) -> SegmentObjective:
+        return self.objective
+
+    @property
+    def portable_config(self) -> dict[str, Any]:
+        return portable_config(self.recipe, self.val.labelling.class_names)
+
+    def measure(self) -> dict[str, float]:
         self.objective.eval()
         world = self.run.world
         self.scores = evaluate_segmentation(
@@ -185,11 +130,11 @@ class Evaluation:
             world_size=world.size,
             on_bad=partial(left_out, self.bad),
         )
-        numbers = self.scores.numbers()
-        if world.is_main:
-            config = portable_config(self.recipe, self.val.labelling.class_names)
-            self.kept.offer(self.objective, config, epoch, step, numbers)
-        return numbers
+        return self.scores.numbers()
+
+    def report(self, directory: Path) -> None:
+        if self.scores is not None:
+            write_report(self.scores, directory)
 
     def picture(self, epoch: float, step: int) -> dict[str, Image]:
         if step == 0:
@@ -255,23 +200,3 @@ def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
         name: None if isinstance(value, float) and math.isnan(value) else value
         for name, value in values.items()
     }
-
-
-def _finish(recipe: Segment, evaluation: Evaluation, step: int) -> None:
-    """What the run leaves behind: its best and last weights, a report of the last, and its curves."""
-    run, found = evaluation.run, evaluation.scores
-    if not run.world.is_main:
-        return
-    directory = run.directory
-    with leaving(directory):
-        if found is not None:
-            write_report(found, directory)
-        keys = ("loss", "accuracy", "miou", "pixel_accuracy")
-        loss_curves({recipe.name: [directory / "metrics.jsonl"]}, run.pictures / "curves.png", keys)
-    run.finish(step)
-    best = evaluation.kept.best
-    run.say(
-        f"finished: {directory / BEST} is of epoch {best['epoch']:g}, {best['miou']:.1%} mIoU; "
-        f"{LAST} beside it"
-    )
-    run.say(f"look first at {run.pictures}: the newest segmentation, and curves.png")

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +13,6 @@ from itpn.data.detection import find_objects
 from itpn.data.picture import BadImageError
 from itpn.data.segmentation import find_splits
 from itpn.data.source import Images
-from itpn.data.transforms import crop_ratio_of
 from itpn.engine.distributed import World
 from itpn.errors import UserError, printable
 from itpn.evaluate.classify import Predictions, Report, report
@@ -30,6 +28,7 @@ from itpn.recipes.pretrain import Pretrain
 from itpn.recipes.segment import Segment
 from itpn.tasks import objects
 from itpn.tasks.classify import in_precision, splits, validate
+from itpn.tasks.common import going_through
 from itpn.tasks.segment import compared, labeller
 from itpn.weights.files import Weights
 
@@ -136,23 +135,11 @@ def test_features(
         assert isinstance(tokens, Tensor)
         return tokens.mean(1)
 
-    chosen = (
-        partial(knn, config=KnnConfig())
-        if protocol == "knn"
-        else partial(linear_probe, config=LinearConfig())
-    )
-    return chosen(
-        in_precision(pooled, recipe.loop.precision, world.device),
-        train,
-        val,
-        image_size=recipe.image_size,
-        crop_ratio=crop_ratio_of(recipe.image_size),
-        device=world.device,
-        rank=world.rank,
-        world_size=world.size,
-        workers=recipe.data.workers,
-        on_bad=on_bad,
-    )
+    features = in_precision(pooled, recipe.loop.precision, world.device)
+    through = going_through(recipe, world, on_bad)
+    if protocol == "knn":
+        return knn(features, train, val, KnnConfig(), through)
+    return linear_probe(features, train, val, LinearConfig(), through)
 
 
 def lines_of(found: Predictions, val: Images) -> Iterator[str]:

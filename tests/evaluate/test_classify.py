@@ -18,6 +18,7 @@ from itpn.data.images import find_images
 from itpn.data.source import Images
 from itpn.errors import UserError
 from itpn.evaluate.classify import Predictions, Report, predict, report, scores
+from itpn.evaluate.gather import Pass
 
 CPU = torch.device("cpu")
 
@@ -42,17 +43,10 @@ def toy_logits(images: Tensor) -> Tensor:
 
 
 def predicted(images: Images, batch_size: int = 4, **ranks: int) -> Predictions:
-    return predict(
-        toy_logits,
-        images,
-        image_size=(16, 32),
-        crop_ratio=0.9,
-        batch_size=batch_size,
-        device=CPU,
-        workers=0,
-        on_bad=lambda bad: None,
-        **ranks,
+    through = Pass(
+        image_size=(16, 32), crop_ratio=0.9, device=CPU, workers=0, on_bad=lambda bad: None, **ranks
     )
+    return predict(toy_logits, images, batch_size, through)
 
 
 def drawn(num_images: int, num_classes: int, seed: int = 0) -> Predictions:

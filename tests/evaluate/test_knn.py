@@ -14,7 +14,7 @@ from itpn.data.images import ImageList, find_images
 from itpn.data.loader import eval_loader
 from itpn.errors import UserError
 from itpn.evaluate import knn as module
-from itpn.evaluate.gather import gathered
+from itpn.evaluate.gather import Pass, gathered
 from itpn.evaluate.knn import KnnConfig, knn, knn_votes
 
 CLASSES = 7
@@ -46,7 +46,8 @@ def features(images: Tensor) -> Tensor:
 
 def measured(train: ImageList, val: ImageList, k: int = 20, **options: int) -> dict[str, float]:
     config = KnnConfig(k=k, batch_size=4)
-    return knn(features, train, val, config, image_size=(16, 16), device=CPU, workers=0, **options)
+    through = Pass(image_size=(16, 16), device=CPU, workers=0, **options)
+    return knn(features, train, val, config, through)
 
 
 def expected(train: ImageList, val: ImageList, k: int = 20) -> dict[str, float]:

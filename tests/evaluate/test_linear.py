@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from itpn.data.images import find_images
 from itpn.errors import UserError
 from itpn.evaluate import linear as module
+from itpn.evaluate.gather import Pass
 from itpn.evaluate.linear import Layer, LinearConfig, count_hits, fit, held_out, linear_probe
 
 CLASSES = 6
@@ -44,8 +45,8 @@ def features(images: Tensor) -> Tensor:
 
 def probed(root: Path, **options: int) -> dict[str, float]:
     config = LinearConfig(l2=(1e-3, 1e-1, 1e-5), batch_size=8)
-    sizes = {"image_size": (16, 16), "device": CPU, "workers": 0, "on_bad": lambda bad: None}
-    return linear_probe(features, find_images(root), find_images(root, "val"), config, **sizes, **options)
+    through = Pass(image_size=(16, 16), device=CPU, workers=0, on_bad=lambda bad: None, **options)
+    return linear_probe(features, find_images(root), find_images(root, "val"), config, through)
 
 
 def drawn(num_rows: int = 300, num_features: int = 8, num_classes: int = 4) -> tuple[Tensor, Tensor]:
@@ -140,7 +141,7 @@ def test_two_ranks_agree_with_one(root: Path, tmp_path: Path) -> None:
 def test_missing_labels_and_wrong_settings_are_named(root: Path) -> None:
     flat = find_images(root / "val/class 0")
     with pytest.raises(UserError, match="classes are needed"):
-        linear_probe(features, flat, flat, LinearConfig(), image_size=(16, 16), device=CPU)
+        linear_probe(features, flat, flat, LinearConfig(), Pass(image_size=(16, 16), device=CPU))
     for wrong in ({"l2": ()}, {"l2": (-1.0,)}, {"max_steps": 0}, {"batch_size": 0}):
         with pytest.raises(UserError, match=r"linear\."):
             LinearConfig(**wrong)  # type: ignore[arg-type]

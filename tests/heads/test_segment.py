@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from itpn.engine.distributed import World
 from itpn.errors import UserError
 from itpn.heads.drops import RandomDrops
-from itpn.heads.segment import SegmentObjective, synchronise_norms
+from itpn.heads.segment import SegmentObjective
 from itpn.heads.upernet import ConvNorm, FCNHead, SegmenterConfig, UPerHead
 from itpn.nn.hivit import HiViT
 from tests.toys import toy_backbone, toy_model
@@ -227,13 +228,11 @@ def test_mistakes_are_named() -> None:
 
 def test_batch_norms_of_several_gpus_are_one() -> None:
     objective = toy_segmenter(norm="batch")
-    assert synchronise_norms(objective, 1, torch.device("cpu")) is objective
-    group = toy_segmenter()
-    assert synchronise_norms(group, 2, torch.device("cpu")) is group
-    with pytest.raises(UserError, match="norm group"):
-        synchronise_norms(objective, 2, torch.device("cpu"))
     names = set(objective.state_dict())
-    synchronised = synchronise_norms(objective, 2, torch.device("cuda"))
-    kinds = {type(layer) for layer in synchronised.modules()}
+    for alone in (World(0, 1, torch.device("cpu")), World(0, 2, torch.device("cpu"))):
+        alone._synchronise_norms(objective)
+        assert nn.SyncBatchNorm not in {type(layer) for layer in objective.modules()}
+    World(0, 2, torch.device("cuda"))._synchronise_norms(objective)
+    kinds = {type(layer) for layer in objective.modules()}
     assert nn.SyncBatchNorm in kinds and nn.BatchNorm2d not in kinds
-    assert set(synchronised.state_dict()) == names
+    assert set(objective.state_dict()) == names
