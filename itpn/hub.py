@@ -5,6 +5,7 @@ Everything but a model's id on the Hub works without a network.
 
 import json
 import re
+from abc import ABC, abstractmethod
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -63,7 +64,7 @@ def _downloaded(model_id: str, **download: Any) -> Path:
         ) from error
 
 
-class HubModel(PyTorchModelHubMixin):
+class HubModel(PyTorchModelHubMixin, ABC):
     """What a module needs to be saved to a folder, loaded from it, and pushed to the Hub."""
 
     mean: tuple[float, ...] = PixelConfig.mean
@@ -85,14 +86,14 @@ class HubModel(PyTorchModelHubMixin):
         size = {} if self.input_size is None else {"image_size": self.input_size}
         return {"mean": self.mean, "std": self.std, **size}
 
+    @abstractmethod
     def file_config(self) -> dict[str, Any]:
         """The config that its file carries."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def from_weights(cls, weights: Weights) -> Self:
         """The model that the file holds."""
-        raise NotImplementedError
 
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, nn.Module)

@@ -278,7 +278,8 @@ def draw(accuracies: Mapping[str, Sequence[float]], given: Arguments) -> None:
     minutes = json.loads((given.out / "minutes.json").read_text())
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for colour, arm in zip(COLOURS, [arm for arm in given.arms if arm != "scratch"], strict=False):
+    arms = [arm for arm in given.arms if arm != "scratch"]
+    for colour, arm in zip(COLOURS[: len(arms)], arms, strict=True):
         start = minutes["teacher epoch"] * TEACHERS.get(arm, 0)
         runs = [read_metrics(given.out / f"{arm}-s{seed}" / "metrics.jsonl") for seed in SEEDS]
         values = np.array([[100 * v["knn_top1"] for v in run.values() if "knn_top1" in v] for run in runs])

@@ -111,7 +111,7 @@ def distorted(pixels: Tensor, most: Distortion, generator: Generator) -> Tensor:
     """
     draws = torch.rand(9, generator=generator, dtype=torch.float64).tolist()
     brightness, contrast, saturation, hue = (
-        strength * (2 * draw - 1) for strength, draw in zip(most, draws, strict=False)
+        strength * (2 * draw - 1) for strength, draw in zip(most, draws[:4], strict=True)
     )
     changes = (
         lambda x: (x + brightness).clamp(0, 255),
@@ -119,7 +119,7 @@ def distorted(pixels: Tensor, most: Distortion, generator: Generator) -> Tensor:
         lambda x: saturated(x, 1 + saturation),
         lambda x: turned(x, hue),
     )
-    happens = [strength > 0 and draw < 0.5 for strength, draw in zip(most, draws[4:], strict=False)]
+    happens = [strength > 0 and draw < 0.5 for strength, draw in zip(most, draws[4:8], strict=True)]
     x = pixels.float()
     for i in (0, 1, 2, 3) if draws[8] < 0.5 else (0, 2, 3, 1):
         x = changes[i](x) if happens[i] else x

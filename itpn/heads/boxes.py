@@ -81,6 +81,6 @@ def pool(maps: Sequence[Tensor], boxes: Sequence[Tensor], size: int) -> Tensor:
     ids = [(level == i).nonzero().flatten() for i in range(len(POOLED_STRIDES))]
     pooled = [
         roi_align(level_map.float(), rois[chosen], size, 1 / stride, sampling_ratio=0, aligned=True)
-        for level_map, stride, chosen in zip(maps, POOLED_STRIDES, ids, strict=False)
+        for level_map, stride, chosen in zip(maps[: len(ids)], POOLED_STRIDES, ids, strict=True)
     ]
     return torch.cat(pooled).index_select(0, torch.cat(ids).argsort())
