@@ -93,13 +93,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     """Softmax attention of ``[B, heads, L, D]``, with a bias that broadcasts to ``[B, heads, L, L]``.
 
     The backward pass of the fused kernel takes three times as long as its parts for a short sequence in bf16
-    on a CPU, less in fp32.
+    on a CPU, less in fp32. On a GPU a compiled block adds a bias that all samples share inside the kernel.
     """
+    if bias is not None and bias.ndim == 3 and _compiles_for_gpu(q):
+        return attend_biased(q, k, v, bias)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or k.shape[-2] > SHORT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     weights: Tensor = (scores if bias is None else scores + bias).softmax(-1)
     return weights @ v
+
+
+def attend_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """The same with a bias ``[heads, L, L]`` as FlexAttention, which holds neither scores nor their gradient:
+    that of the bias is summed over the samples in the kernel of the backward pass."""
+    from torch.nn.attention.flex_attention import flex_attention  # which takes a second to import
+
+    def biased(score: Tensor, _sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + bias[head, query, key]
+
+    out = flex_attention(q, k, v, score_mod=biased)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _compiles_for_gpu(x: Tensor) -> bool:
+    """FlexAttention is a kernel only where it is compiled, and adds up gradients in any order."""
+    wanted = torch.compiler.is_compiling() and not torch.are_deterministic_algorithms_enabled()
+    return wanted and x.device.type == "cuda"
 
 
 class Attention(nn.Module):

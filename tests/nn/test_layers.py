@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from itpn.nn.layers import SHORT, attend, cells_of, units_of
+from itpn.nn.layers import SHORT, attend, attend_biased, cells_of, units_of
 
 
 @pytest.mark.parametrize("patch_size", [8, 16])
@@ -44,3 +44,40 @@ def test_gradient_of_bf16_attention():
     attend(*inputs.unbind()).backward(upstream)
     F.scaled_dot_product_attention(*exact.unbind()).backward(upstream.float())
     torch.testing.assert_close(inputs.grad.float(), exact.grad, rtol=0.05, atol=0.05)
+
+
+def test_flex_attention_adds_the_bias(monkeypatch):
+    """Traced whole as on a GPU, and computed by torch's plain implementation, which it keeps from CPUs."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 3, 20, 16, generator=generator) for _ in range(3)]
+    inputs.append(torch.randn(3, 20, 20, generator=generator))
+    upstream = torch.randn(2, 3, 20, 16, generator=generator)
+    for tensor in inputs:
+        tensor.requires_grad_()
+    q, k, v, bias = inputs
+    results = []
+    for attention in (attend_biased, torch.compile(attend_biased, backend="eager", fullgraph=True)):
+        out = attention(q, k, v, bias)
+        results.append([out, *torch.autograd.grad(out, inputs, upstream)])
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    expected = [expected, *torch.autograd.grad(expected, inputs, upstream)]
+    for result in results:
+        for ours, theirs in zip(result, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_compiled_attention_on_a_gpu_is_attention():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 196, 64)] * 3 + [(4, 196, 196), (2, 4, 196, 64)]
+    *inputs, upstream = [torch.randn(shape, generator=generator).cuda() for shape in shapes]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    q, k, v, bias = inputs
+    results = []
+    for attention in (torch.compile(attend), F.scaled_dot_product_attention):
+        out = attention(q, k, v, bias)
+        results.append([out, *torch.autograd.grad(out, inputs, upstream)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
