@@ -32,6 +32,7 @@ from itpn.evaluate.knn import KnnConfig
 from itpn.nn.depth import LayerDecayConfig
 from itpn.objectives.distill import DistillConfig
 from itpn.recipes import classify, pretrain
+from itpn.recipes.lookup import Recipe
 from itpn.show.curves import COLOURS, read_metrics
 from itpn.show.sheet import FAINT
 
@@ -176,12 +177,11 @@ def weights_of(arm: str, seed: int, epoch: int | None, given: Arguments) -> Path
     return run / "checkpoints" / f"{epoch * steps:08d}" / "model.safetensors"
 
 
-def run_one(recipe: pretrain.Pretrain | classify.Classify) -> None:
+def run_one(recipe: Recipe) -> None:
     """In a process of its own, on one thread; what it prints goes beside its directory."""
     import torch
 
-    from itpn.tasks.classify import classify as fine_tune
-    from itpn.tasks.pretrain import pretrain as pre_train
+    from itpn.commands.train import train
 
     torch.set_num_threads(1)
     directory = recipe.loop.run_dir
@@ -190,15 +190,12 @@ def run_one(recipe: pretrain.Pretrain | classify.Classify) -> None:
     with directory.with_name(f"{directory.name}.log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        if isinstance(recipe, pretrain.Pretrain):
-            pre_train(recipe)
-        else:
-            fine_tune(recipe)
+        train(recipe)
 
 
-def run_all(recipes: Sequence[pretrain.Pretrain | classify.Classify], given: Arguments) -> None:
+def run_all(recipes: Sequence[Recipe], processes: int) -> None:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(given.processes, mp_context=context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=1) as pool:
         jobs = {pool.submit(run_one, recipe): recipe for recipe in recipes}
         for number, (job, recipe) in enumerate(jobs.items(), start=1):
             job.result()
@@ -207,12 +204,12 @@ def run_all(recipes: Sequence[pretrain.Pretrain | classify.Classify], given: Arg
 
 def pretrain_all(given: Arguments) -> None:
     arms = [arm for arm in given.arms if arm != "scratch"]
-    run_all([pretraining(arm, seed, given) for seed in SEEDS for arm in arms], given)
+    run_all([pretraining(arm, seed, given) for seed in SEEDS for arm in arms], given.processes)
 
 
 def finetune_all(given: Arguments) -> None:
     sweeps = [fine_tuning(arm, 0, lr, given, sweep=True) for arm in given.arms for lr in RATES]
-    run_all(sweeps, given)
+    run_all(sweeps, given.processes)
     finals = [fine_tuning(arm, seed, best_rate(arm, given), given) for seed in SEEDS for arm in given.arms]
     halfway = [
         fine_tuning(arm, seed, best_rate(arm, given), given, epoch=EPOCHS[arm] // 2)
@@ -220,7 +217,7 @@ def finetune_all(given: Arguments) -> None:
         for arm in FOLLOWED
         if arm in given.arms
     ]
-    run_all(finals + halfway, given)
+    run_all(finals + halfway, given.processes)
 
 
 def best_rate(arm: str, given: Arguments) -> float:
@@ -241,7 +238,7 @@ def measure_speed(given: Arguments) -> None:
         recipe = pretraining(arm, 0, given)
         directory = given.out / "speed" / arm
         loop = replace(recipe.loop, run_dir=directory, max_steps=60)
-        run_all([replace(recipe, loop=loop, knn=KnnConfig())], replace(given, processes=1))
+        run_all([replace(recipe, loop=loop, knn=KnnConfig())], 1)
         lines = [json.loads(line) for line in (directory / "speed.jsonl").read_text().splitlines()]
         rate = statistics.median(line["images_per_s"] for line in lines[2:])
         minutes[arm] = EPOCHS[arm] * len(find_images(given.images)) / rate / 60

@@ -3,6 +3,7 @@
 from itpn.commands.config import read_config
 from itpn.recipes.classify import Classify
 from itpn.recipes.detect import Detect
+from itpn.recipes.lookup import Recipe
 from itpn.recipes.pretrain import Pretrain
 from itpn.recipes.segment import Segment
 from itpn.tasks.classify import classify
@@ -12,7 +13,12 @@ from itpn.tasks.segment import segment
 
 
 def run(arguments: list[str]) -> None:
-    match recipe := read_config("itpn train", arguments):
+    train(read_config("itpn train", arguments))
+
+
+def train(recipe: Recipe) -> None:
+    """To the recipe's end, or as far as it lets a run go."""
+    match recipe:
         case Pretrain():
             pretrain(recipe)
         case Classify():

@@ -1,0 +1,207 @@
+"""What a pre-trained backbone and pyramid are worth for detection and segmentation, on the bundled scenes.
+
+`python tools/study_scenes.py [STAGE …] [--tasks detect segment]`, after `tools/study_sample.py`, whose
+pre-trained weights it starts from. Stages, each of which goes on where it stopped: `data`, `sweep`,
+`finetune`, `report`; all of them without a name. The arms are the paper's ablation in small: nothing
+pre-trained; MAE on the backbone alone; backbone and pyramid pre-trained together, with the pyramid thrown
+away, or kept; the same with masked feature modeling. Each arm's learning rate is chosen with seed 0 on a
+fifth of the training scenes; everything that is reported is measured on the validation scenes.
+"""
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from study_sample import SEEDS, difference, run_all
+
+from itpn.data.sample_data import write_sample
+from itpn.recipes import detect, segment
+from itpn.recipes.detect import Detect
+from itpn.recipes.segment import Segment
+from itpn.show.curves import COLOURS, read_metrics
+
+Task = Literal["detect", "segment"]
+ARMS: dict[str, tuple[str | None, bool]] = {
+    "scratch": (None, False),
+    "mae": ("mae", False),
+    "backbone": ("pixel", False),
+    "pixel": ("pixel", True),
+    "mfm": ("mfm", True),
+}
+"""What each starts from: an arm of `study_sample.py`, and whether its pyramid is loaded."""
+RATES = (3e-4, 1e-3, 3e-3)
+EPOCHS = {"detect": 8, "segment": 10}
+MEASURES = {"detect": ("box_AP", "mask_AP"), "segment": ("miou", "pixel_accuracy")}
+"""Numbers that are reported; the first one chooses the learning rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    stages: Annotated[tuple[str, ...], tyro.conf.Positional] = ("data", "sweep", "finetune", "report")
+    tasks: tuple[Task, ...] = ("detect", "segment")
+    pretrained: Path = Path("runs/study")
+    """What `study_sample.py` left."""
+    out: Path = Path("runs/study-scenes")
+    processes: int = 2
+    """Runs at a time."""
+    pictures: Path = Path("docs/pictures")
+
+    @property
+    def scenes(self) -> Path:
+        return self.out / "data"
+
+
+def write_data(given: Arguments) -> None:
+    """The scenes, and their training part once more, without a validation part, for the sweep."""
+    if not given.scenes.is_dir():
+        write_sample(given.scenes)
+    ade20k = Path("ade20k") / "ADEChallengeData2016"
+    for part in (
+        Path("coco", "train2017"),
+        Path("coco", "annotations", "instances_train2017.json"),
+        ade20k / "images" / "training",
+        ade20k / "annotations" / "training",
+        ade20k / "objectInfo150.txt",
+    ):
+        link = given.out / "sweep" / part
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to((given.scenes / part).resolve())
+
+
+def fine_tuning(
+    task: Task, arm: str, seed: int, lr: float, given: Arguments, *, sweep: bool = False
+) -> Detect | Segment:
+    recipe = detect.demo(epochs=EPOCHS[task]) if task == "detect" else segment.demo(epochs=EPOCHS[task])
+    source, pyramid = ARMS[arm]
+    name = f"{task}-{arm}-s{seed}"
+    root = given.out / "sweep" if sweep else given.scenes
+    loop = replace(
+        recipe.loop, seed=seed, device="cpu", precision="bf16", keep_last=1, checkpoint_minutes=60,
+        picture_every=0 if sweep else EPOCHS[task],
+        run_dir=given.out / ("sweep-runs" if sweep else "runs") / f"{name}-{lr:g}",
+    )  # fmt: skip
+    return replace(
+        recipe,
+        name=name,
+        loop=loop,
+        optim=replace(recipe.optim, lr=lr),
+        data=replace(recipe.data, root=root / ("coco" if task == "detect" else "ade20k"), workers=0),
+        val_share=0.2,
+        eval_every=0 if sweep else max(1, EPOCHS[task] // 4),
+        init=None if source is None else given.pretrained / f"{source}-s{seed}" / "pretrained.safetensors",
+        init_pyramid=pyramid,
+    )
+
+
+def sweep_all(given: Arguments) -> None:
+    runs = [
+        fine_tuning(task, arm, 0, lr, given, sweep=True)
+        for task in given.tasks for arm in ARMS for lr in RATES
+    ]  # fmt: skip
+    run_all(runs, given.processes)
+
+
+def finetune_all(given: Arguments) -> None:
+    run_all(
+        [final(task, arm, seed, given) for seed in SEEDS for task in given.tasks for arm in ARMS],
+        given.processes,
+    )
+
+
+def final(task: Task, arm: str, seed: int, given: Arguments) -> Detect | Segment:
+    return fine_tuning(task, arm, seed, best_rate(task, arm, given), given)
+
+
+def best_rate(task: Task, arm: str, given: Arguments) -> float:
+    key = MEASURES[task][0]
+    return max(RATES, key=lambda lr: measured(fine_tuning(task, arm, 0, lr, given, sweep=True), key))
+
+
+def measured(recipe: Detect | Segment, key: str) -> float:
+    assert recipe.loop.run_dir is not None
+    return float(json.loads((recipe.loop.run_dir / "report.json").read_text())[key])
+
+
+def report(given: Arguments) -> None:
+    """The tables of docs/results.md, and their pictures."""
+    for task in given.tasks:
+        keys = MEASURES[task]
+        found = {
+            arm: {key: [measured(final(task, arm, seed, given), key) for seed in SEEDS] for key in keys}
+            for arm in ARMS
+        }
+        print(
+            f"| {task} | learning rate | {keys[0]} by seed | mean | against scratch | against backbone "
+            f"| {keys[1]} |"
+        )
+        print("|---|---|---|---|---|---|---|")
+        for arm, values in found.items():
+            first, second = (values[key] for key in keys)
+            against = [
+                "" if other == arm else difference(first, found[other][keys[0]])
+                for other in ("scratch", "backbone")
+            ]
+            listed = ", ".join(f"{100 * value:.1f}" for value in first)
+            means = [f"{100 * statistics.mean(numbers):.1f}" for numbers in (first, second)]
+            rate = f"{best_rate(task, arm, given):g}"
+            print(f"| {' | '.join([arm, rate, listed, means[0], *against, means[1]])} |")
+        draw(task, given)
+
+
+def draw(task: Task, given: Arguments) -> None:
+    """The first measure on the validation scenes against epochs, and what the last arm's model says."""
+    key = MEASURES[task][0]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    panel = figure.subplots()
+    for colour, arm in zip(COLOURS[: len(ARMS)], ARMS, strict=True):
+        runs = [directory_of(task, arm, seed, given) for seed in SEEDS]
+        curves = [
+            {
+                line["epoch"]: 100 * line[key]
+                for line in read_metrics(run / "metrics.jsonl").values()
+                if key in line
+            }
+            for run in runs
+        ]
+        epochs = sorted(curves[0])
+        values = np.array([[curve[epoch] for epoch in epochs] for curve in curves])
+        panel.plot(epochs, values.mean(0), color=colour, marker="o", label=arm)
+        panel.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)
+    panel.set(title=f"{key.replace('_', ' ')} in %, mean and range over five seeds", xlabel="epochs")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False)
+    given.pictures.mkdir(parents=True, exist_ok=True)
+    figure.savefig(given.pictures / f"study-{task}.png", dpi=150)
+    newest = sorted((directory_of(task, "mfm", 0, given) / "pictures").glob(f"{task}*.png"))
+    print(given.pictures / f"study-{task}.png", *newest[-1:])
+
+
+def directory_of(task: Task, arm: str, seed: int, given: Arguments) -> Path:
+    directory = final(task, arm, seed, given).loop.run_dir
+    assert directory is not None
+    return directory
+
+
+STAGES: dict[str, Callable[[Arguments], None]] = {
+    "data": write_data,
+    "sweep": sweep_all,
+    "finetune": finetune_all,
+    "report": report,
+}
+
+
+def main() -> None:
+    given = tyro.cli(Arguments, description=__doc__)
+    for stage in given.stages:
+        STAGES[stage](given)
+
+
+if __name__ == "__main__":
+    main()
