@@ -1,7 +1,7 @@
-"""What `itpn bench pretrain` found out, and how it is shown."""
+"""What the benches of models found out, and how it is shown."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +13,8 @@ class Figures:
     device: str
     precision: str
     device_batch: int
+    image_size: tuple[int, int]
+    """Height and width."""
     compiled: bool
     torch: str
     threads: int
@@ -29,6 +31,8 @@ class Figures:
     """Seconds by kind of work."""
     baseline: str = "written plainly"
     """What the model that it is compared with is called."""
+    notes: list[str] = field(default_factory=list)
+    """What else there is to say of the step."""
 
     @property
     def images_per_s(self) -> float:
@@ -50,7 +54,8 @@ class Figures:
 def show(figures: Figures, console: Console) -> None:
     say: Callable[[str], None] = console.print
     say(
-        f"{figures.config}: {figures.device_batch} images, {figures.precision}"
+        f"{figures.config}: {figures.device_batch} images of {' x '.join(map(str, figures.image_size))}, "
+        f"{figures.precision}"
         f"{', compiled' if figures.compiled else ''}, on {figures.device} ({figures.threads} threads), "
         f"torch {figures.torch}"
     )
@@ -66,6 +71,8 @@ def show(figures: Figures, console: Console) -> None:
         f"{figures.flops / figures.ceiling:.3f} of the ceiling, {figures.ceiling / 1e12:.3f} TFLOP/s in "
         "4096-cubed products"
     )
+    for note in figures.notes:
+        say(note)
     if figures.peak_memory:
         say(f"peak memory {figures.peak_memory / 1e9:.2f} GB")
     if figures.baseline_losses and figures.speedup:

@@ -1,8 +1,52 @@
 """`itpn bench finetune`: the step of a config that fine-tunes, as `itpn bench pretrain` measures it."""
 
-from itpn.bench.pretrain import time_steps
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from rich.console import Console
+
+from itpn.bench.steps import (
+    StepOptions,
+    Subject,
+    layered_adamw,
+    measure,
+    on_device,
+    recipe_of,
+    report,
+    synthetic_images,
+)
+from itpn.commands.arguments import parse
+from itpn.heads.finetune import ClassifyObjective
+from itpn.objectives.pixel import PixelConfig
 from itpn.recipes.classify import Classify
 
 
+@dataclass(frozen=True)
+class Bench(StepOptions):
+    """Time the step of a config that fine-tunes, on random images: its parts, FLOP/s, and share of the
+    ceiling."""
+
+
 def run(arguments: list[str]) -> None:
-    time_steps("itpn bench finetune", arguments, Classify)
+    options = parse(Bench, arguments, "itpn bench finetune")
+    recipe = recipe_of(Classify, options)
+    console = Console(highlight=False, soft_wrap=True)
+    report([measure(recipe.name, partial(subject, recipe), options, console)], options, console)
+
+
+def subject(recipe: Classify, device: torch.device, size: int) -> Subject:
+    backbone, generator = recipe.model.backbone, torch.Generator().manual_seed(0)
+    finetune = replace(recipe.finetune, mean=PixelConfig.mean, std=PixelConfig.std)
+    objective = ClassifyObjective(backbone, recipe.classifier, finetune, recipe.image_size)
+    objective.to(device).train()
+    batch = synthetic_images(objective, size, backbone.in_channels, recipe.image_size, generator)
+    batch["labels"] = torch.randint(recipe.classifier.num_classes, (size,), generator=generator)
+    return Subject(
+        model=objective,
+        objective=objective,
+        optimizer=layered_adamw(objective, recipe),
+        batch=on_device(batch, device),
+        image_size=recipe.image_size,
+        flops_per_image=objective.flops_per_image,
+    )

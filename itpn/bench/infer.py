@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import track
 
 from itpn.bench.figures import Figures, show
-from itpn.bench.pretrain import BATCH, PRODUCTS, WARM_UP, Options, peak_memory
+from itpn.bench.steps import BATCH, PRODUCTS, WARM_UP, Options, peak_memory
 from itpn.commands.arguments import parse
 from itpn.engine.clock import Clock
 from itpn.engine.distributed import choose_device
@@ -94,6 +94,7 @@ def measure(recipe: Classify, options: Bench, console: Console) -> tuple[Figures
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         precision=str(precision).removeprefix("torch."),
         device_batch=size,
+        image_size=recipe.image_size,
         compiled=options.compile,
         torch=torch.__version__,
         threads=torch.get_num_threads(),

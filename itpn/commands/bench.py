@@ -10,6 +10,11 @@ SUBJECTS = {
         "a config's training step on synthetic data, beside the matmul ceiling",
     ),
     "finetune": ("itpn.bench.finetune", "the same of a config that fine-tunes"),
+    "detect": (
+        "itpn.bench.detect",
+        "the same of one that detects, at any size, in windows or not",
+    ),
+    "segment": ("itpn.bench.segment", "the same of one that segments"),
     "infer": ("itpn.bench.infer", "a classifier's forward pass, and what relative positions cost of it"),
     "data": ("itpn.bench.data", "images per second that one core loads, beside Pillow + torchvision"),
     "memory": ("itpn.bench.memory", "resident memory over thousands of steps"),

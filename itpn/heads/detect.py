@@ -1,15 +1,18 @@
 """Detection and instance segmentation: Mask R-CNN or Cascade Mask R-CNN on the pre-trained pyramid itself."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from itpn.errors import UserError
 from itpn.heads.boxes import Generators, Objects
 from itpn.heads.proposals import STRIDES, ProposalConfig, Proposals
 from itpn.heads.regions import Detections, RegionConfig, Regions
+from itpn.heads.towers import BoxHead, MaskHead
 from itpn.nn.normalise import Normalise
 from itpn.nn.pyramid import Model, ModelConfig, detection_maps
 
@@ -163,6 +166,40 @@ class DetectObjective(Detector):
         """The modules that are worth compiling one by one."""
         pyramid: Any = self.model.pyramid
         return [*self.model.backbone.blocks(), pyramid]
+
+    def flops(self, size: tuple[int, int], num_boxes: float, num_masks: float) -> float:
+        """Floating-point operations of a training step on one image: matrix products and convolutions,
+        backward as twice forward.
+
+        There is no number for all images: they differ in size, and in how many objects are found in them.
+
+        Args:
+            size: height and width that the image is padded to.
+            num_boxes: boxes that the box heads see of it, of all stages together.
+            num_masks: boxes that the mask heads see.
+        """
+
+        with torch.device("meta"):  # it knows no autocast, so the layers that are guarded from it stand alone
+            twin = DetectObjective(self.model.config, self.config).eval()
+            images = torch.empty(1, self.model.config.backbone.in_channels, *size)
+            maps, forward = _counted(twin.maps, images)
+            width = maps[0].shape[1]
+            forward += _counted(twin.proposals.head, maps)[1]
+            box_head: Any = twin.regions.heads[0]
+            hidden, of_box = _counted(box_head.convs, torch.empty(1, width, BoxHead.size, BoxHead.size))
+            of_box += _counted(box_head.classify, hidden)[1] + _counted(box_head.regress, hidden)[1]
+            forward += num_boxes * of_box
+            for mask_head in twin.regions.mask_heads[:1]:
+                pooled, label = torch.empty(1, width, MaskHead.size, MaskHead.size), torch.tensor([0])
+                forward += num_masks * _counted(mask_head, pooled, label)[1]
+        return 3 * forward
+
+
+def _counted(call: Callable[..., Any], *inputs: Any) -> tuple[Any, float]:
+    """What a call returns, and its floating-point operations."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        result = call(*inputs)
+    return result, float(counter.get_total_flops())
 
 
 def objects_of(batch: dict[str, Tensor], masks: bool) -> list[Objects]:

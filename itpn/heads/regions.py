@@ -95,6 +95,8 @@ class Detections(NamedTuple):
 
 
 class Regions(nn.Module):
+    pool = staticmethod(pool)
+
     def __init__(self, width: int, num_classes: int, masks: bool, config: RegionConfig) -> None:
         super().__init__()
         self.config, self.num_classes = config, num_classes
@@ -129,7 +131,7 @@ class Regions(nn.Module):
         for i, stage in enumerate(self.stages):
             rois = [self.draw(*image, stage) for image in zip(boxes, sizes, objects, generators, strict=True)]
             all_boxes = [image.boxes for image in rois]
-            logits, deltas = self.heads[i](pool(maps, all_boxes, BoxHead.size))
+            logits, deltas = self.heads[i](self.pool(maps, all_boxes, BoxHead.size))
             parts = self.box_losses(logits, deltas, rois, objects, stage)
             if self.mask_heads:
                 parts["mask"] = self.mask_loss(self.mask_heads[i], maps, rois, objects)
@@ -189,7 +191,7 @@ class Regions(nn.Module):
             labels.append(image.labels[ids])
             size = 2 * MaskHead.size
             targets.append(mask_targets(own.masks, own.boxes, boxes[-1], image.matches[ids], size))
-        logits = head(pool(maps, boxes, MaskHead.size), torch.cat(labels))
+        logits = head(self.pool(maps, boxes, MaskHead.size), torch.cat(labels))
         entropy = F.binary_cross_entropy_with_logits(logits, torch.cat(targets), reduction="none")
         return (entropy.mean((1, 2)) * shares([len(image) for image in boxes], logits.device)).sum()
 
@@ -217,7 +219,7 @@ class Regions(nn.Module):
         mean probabilities."""
         boxes, votes = list(proposals), []
         for i, stage in enumerate(self.stages):
-            logits, deltas = self.heads[i](pool(maps, boxes, BoxHead.size))
+            logits, deltas = self.heads[i](self.pool(maps, boxes, BoxHead.size))
             votes.append(logits)
             if i + 1 < len(self.stages):
                 boxes = self.refine(logits, deltas, boxes, sizes, stage)
@@ -240,7 +242,7 @@ class Regions(nn.Module):
 
     def with_masks(self, maps: Sequence[Tensor], found: Sequence[Detections]) -> list[Detections]:
         boxes, labels = [image.boxes for image in found], torch.cat([image.labels for image in found])
-        pooled = pool(maps, boxes, MaskHead.size)
+        pooled = self.pool(maps, boxes, MaskHead.size)
         masks = torch.stack([head(pooled, labels).sigmoid() for head in self.mask_heads]).mean(0)
         by_image = torch.split(masks, [len(image) for image in boxes])
         return [image._replace(masks=own) for image, own in zip(found, by_image, strict=True)]
