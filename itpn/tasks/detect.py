@@ -10,7 +10,7 @@ import torch
 from PIL.Image import Image
 
 from itpn.data.coco import Coco
-from itpn.data.detection import train_loader
+from itpn.data.detection import find_splits, train_loader
 from itpn.data.loader import Batch, Draw, steps_per_epoch
 from itpn.engine.bad_files import BadFiles
 from itpn.engine.distributed import World, join_world
@@ -37,7 +37,7 @@ from itpn.tasks.common import (
     open_run,
     replaced,
 )
-from itpn.tasks.objects import compared, found_in, numbers_of, pictured, scores_of, splits, write_report
+from itpn.tasks.objects import compared, found_in, numbers_of, pictured, scores_of, write_report
 from itpn.weights import files, loading
 from itpn.weights.files import Weights
 
@@ -49,7 +49,7 @@ def detect(recipe: Detect) -> Path:
         UserError: settings, data or weights that do not go together.
     """
     with join_world(recipe.loop.device) as world:
-        images, val = splits(recipe.data)
+        images, val = find_splits(recipe.data, recipe.val_share)
         weights = files.read(recipe.init) if recipe.init else None
         recipe = settled(recipe, images, weights)
         run = open_run(recipe, world)

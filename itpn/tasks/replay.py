@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from itpn.data.detection import find_splits as find_objects
 from itpn.data.images import find_images
 from itpn.data.segmentation import find_splits
 from itpn.data.source import Images
@@ -23,7 +24,7 @@ from itpn.recipes.detect import Detect
 from itpn.recipes.lookup import Recipe
 from itpn.recipes.pretrain import Pretrain
 from itpn.recipes.segment import Segment
-from itpn.tasks import classify, common, detect, objects, pretrain, segment
+from itpn.tasks import classify, common, detect, pretrain, segment
 from itpn.weights import files
 
 
@@ -68,7 +69,7 @@ def replay_step(
             samples = partial(common.batches, recipe, images, objective.draw)
         case Detect():
             recipe = replace(recipe, data=replace(recipe.data, root=root or recipe.data.root))
-            images, _ = objects.splits(recipe.data)
+            images, _ = find_objects(recipe.data, recipe.val_share)
             objective = detect.build(recipe)
             samples = partial(detect.views, recipe, images, objective.draw)
         case Segment():
