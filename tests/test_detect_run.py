@@ -251,6 +251,20 @@ def test_splits_of_other_classes(images, tmp_path):
         detect(replace(given, data=data))
 
 
+def test_own_data_without_images_to_validate_on(images, config, tmp_path, capsys):
+    (tmp_path / "objects.json").write_bytes((images / "annotations/instances_train2017.json").read_bytes())
+    own = ("--data.root", "nowhere", "--data.train-images", images / "train2017")
+    own += ("--data.train-annotations", "objects.json", "--val-share", "0.25", "--device", "cpu")
+    short = ("--run-dir", "run", "--epochs", "1", "--batch-size", "3", "--picture-every", "0")
+    status, printed = outcome(capsys, "train", config, *own, *short)
+    assert status == 0, printed.err
+    assert "to train on: 6 of 8 images" in printed.out and "to validate on: 2 of 8 images" in printed.out
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["images"] == 2
+    assert outcome(capsys, "test", config, "run", *own)[0] == 0
+    assert json.loads((tmp_path / "evaluation/report.json").read_text()) == report
+
+
 @pytest.fixture
 def config(images, tmp_path, monkeypatch):
     """A config file of the toy, and the folder it lies in as the current one."""

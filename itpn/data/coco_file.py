@@ -24,14 +24,19 @@ MAX_SIDE = 1 << 31
 """Of an image, in pixels."""
 
 
+def places(root: Path, split: Split) -> tuple[Path, Path]:
+    """Where COCO has a split's folder of images and its instances file."""
+    return root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"
+
+
 def find_coco(root: Path, split: Split, images: Path | None = None, annotations: Path | None = None) -> Coco:
     """The images and annotations of a split: those named, or those at COCO's places below `root`.
 
     Raises:
         UserError: A folder or file is missing, or the file is not what it should be.
     """
-    folder = images or root / f"{split}2017"
-    file = annotations or root / "annotations" / f"instances_{split}2017.json"
+    folder, file = places(root, split)
+    folder, file = images or folder, annotations or file
     for path, is_there, option in (
         (folder, folder.is_dir(), "images"),
         (file, file.is_file(), "annotations"),

@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from itpn.data.coco import Coco
-from itpn.data.coco_file import find_coco
+from itpn.data.coco import Coco, check_categories
+from itpn.data.coco_file import find_coco, places
 from itpn.data.grouping import GroupedEpochs
 from itpn.data.images import Split
 from itpn.data.loader import BadImages, Batch, Draw, Loaded, MicroBatches, Samples, load
 from itpn.data.objects import objects_seen
 from itpn.data.picture import BadImageError
+from itpn.data.progress import watched
+from itpn.data.source import hold_out
 from itpn.data.views import Array, MultiScale, fitting, paddings, random_views, shrunk, whole_views
 from itpn.errors import UserError
 
@@ -30,7 +32,8 @@ class DetectionDataConfig:
     train_annotations: Path | None = None
     """COCO instances file of the training images; None: ROOT/annotations/instances_train2017.json."""
     val_images: Path | None = None
-    """Folder of the images to evaluate on; None: ROOT/val2017."""
+    """Folder of the images to evaluate on; None: ROOT/val2017. With neither that nor the file below, a share
+    of the training images is held out."""
     val_annotations: Path | None = None
     """COCO instances file of the images to evaluate on; None: ROOT/annotations/instances_val2017.json."""
     scale: MultiScale = field(default_factory=MultiScale)
@@ -53,6 +56,36 @@ class DetectionDataConfig:
             raise UserError(f"data.workers is {self.workers}; it is a number of processes, 0 or more")
 
 
+def has_validation(config: DetectionDataConfig) -> bool:
+    """Whether images to validate on are named, or there is anything at COCO's places for them."""
+    named = config.val_images or config.val_annotations
+    return named is not None or any(place.exists() for place in places(config.root, "val"))
+
+
+def find_splits(config: DetectionDataConfig, val_share: float) -> tuple[Coco, Coco]:
+    """The images to train and to validate on, of the same classes; a share is held out where there is no val.
+
+    Raises:
+        UserError: See `find_objects`; or the two have other classes, or there is one image only.
+    """
+    if has_validation(config):
+        train, val = find_objects(config, "train"), find_objects(config, "val")
+        check_categories(train, val)
+        return train, val
+    coco = _all_to_train_on(config)
+    ours, theirs = hold_out(coco, val_share, seed=0)
+    train, val = (
+        coco.of_images(some.indices, f"of {coco.description}, {note}")
+        for some, note in ((ours, "to train on"), (theirs, "held out for validation"))
+    )
+    return train if config.empty_images else train.with_objects(), val
+
+
+def find_validation(config: DetectionDataConfig, val_share: float) -> Coco:
+    """The images to validate on, as `find_splits` has them; those to train on are not read without need."""
+    return find_objects(config, "val") if has_validation(config) else find_splits(config, val_share)[1]
+
+
 def find_objects(config: DetectionDataConfig, split: Split) -> Coco:
     """The images of a split with their objects; for training those that it is to see.
 
@@ -61,14 +94,20 @@ def find_objects(config: DetectionDataConfig, split: Split) -> Coco:
     """
     if split == "val":
         return find_coco(config.root, split, config.val_images, config.val_annotations)
-    coco = find_coco(config.root, split, config.train_images, config.train_annotations)
+    coco = _all_to_train_on(config)
+    return coco if config.empty_images else coco.with_objects()
+
+
+def _all_to_train_on(config: DetectionDataConfig) -> Coco:
+    """Those without objects, too."""
+    coco = find_coco(config.root, "train", config.train_images, config.train_annotations)
     num_bad = sum(finding.left_out for finding in coco.findings)
     if num_bad > config.max_bad_share * coco.num_annotations:
         raise UserError(
             f"{num_bad:,} of {coco.num_annotations:,} annotations of {coco.file} cannot be used, more than "
             f"data.max_bad_share {config.max_bad_share:g}; itpn check-data --format coco lists them"
         )
-    return coco if config.empty_images else coco.with_objects()
+    return coco
 
 
 def train_loader(
@@ -108,11 +147,15 @@ def eval_loader(
     world_size: int = 1,
     device: torch.device | None = None,
     on_bad: Callable[[BadImageError], None] | None = None,
+    progress: str = "",
 ) -> Iterator[Batch]:
     """Every image exactly once over all ranks, whole and at one scale; images of one padded size together.
 
     An image is padded by its own size alone, so that nothing depends on those beside it. Ranks may have
     different numbers of batches.
+
+    Args:
+        progress: What a bar on the terminal calls the work that is done on the batches; empty: no bar.
 
     Yields:
         images uint8 [b, 3, H, W] and sizes long [b, 2], as in training; original long [b, 2], height and
@@ -126,7 +169,9 @@ def eval_loader(
         for number, padding in enumerate(shapes.tolist())
         for some in _pieces(np.flatnonzero(group == number), batch_size)
     ]
-    return load(EvalSamples(coco, sizes), order[rank::world_size], coco, config.workers, device, on_bad)
+    order = order[rank::world_size]
+    batches = load(EvalSamples(coco, sizes), order, coco, config.workers, device, on_bad)
+    return iter(watched(batches, progress, len(order))) if progress else batches
 
 
 def _pieces(values: Array, length: int) -> list[Array]:

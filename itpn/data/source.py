@@ -177,7 +177,7 @@ def hold_out(images: Images, share: float, seed: int) -> tuple[Subset, Subset]:
     if not held_out.any():
         raise UserError(
             f"none of {images.description} can be held out for validation: no class has two; add images, or "
-            "a folder val"
+            "others to validate on"
         )
     return (
         Subset.of(images, (~held_out).nonzero().flatten(), "to train on"),

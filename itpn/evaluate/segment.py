@@ -10,6 +10,7 @@ from torch import Tensor
 
 from itpn.data.labelled import LabelledImages
 from itpn.data.picture import Size
+from itpn.data.progress import watched
 from itpn.data.segmentation import OnBad, SegmentationDataConfig, eval_pairs
 from itpn.errors import UserError, printable
 
@@ -64,8 +65,12 @@ def evaluate_segmentation(
     rank: int = 0,
     world_size: int = 1,
     on_bad: OnBad | None = None,
+    progress: str = "",
 ) -> SegmentationScores:
     """Every labelled pixel counted once, at the size that its file has; the same on every rank.
+
+    Args:
+        progress: What a bar on the terminal calls this work; empty: no bar, as beside a run's live line.
 
     Raises:
         UserError: an image or its labels cannot be used, unless `config.skip_bad` leaves such out; there are
@@ -77,7 +82,8 @@ def evaluate_segmentation(
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.long, device=device)
     seen = torch.zeros(2, dtype=torch.long, device=device)
     pairs = eval_pairs(images, config, rank=rank, world_size=world_size, device=device, on_bad=on_bad)
-    for batch in pairs:
+    num_mine = len(range(rank, len(images), world_size))
+    for batch in watched(pairs, progress, num_mine) if progress else pairs:
         usable = "labels" in batch
         seen[0 if usable else 1] += 1
         if usable:

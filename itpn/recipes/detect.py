@@ -36,6 +36,8 @@ class Detect:
     here."""
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     data: DetectionDataConfig = field(default_factory=DetectionDataConfig)
+    val_share: float = 0.1
+    """Share of the images that is held out for validation where there are none to validate on."""
     optim: AdamWConfig = field(default_factory=AdamWConfig)
     layer_decay: LayerDecayConfig = field(default_factory=lambda: LayerDecayConfig(rate=1.0))
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(shape="step"))
@@ -54,6 +56,8 @@ class Detect:
     def __post_init__(self) -> None:
         if self.model.pyramid is None:
             raise UserError("model.pyramid: a detector sees the pyramid, which must not be none")
+        if not 0 < self.val_share < 1:
+            raise UserError(f"--val-share: {self.val_share} lies outside (0, 1)")
         if self.eval_every < 0 or self.eval_batch < 1:
             raise UserError("--eval-every must be 0 or more, --eval-batch 1 or more")
 
@@ -115,11 +119,12 @@ def cascade_mask_rcnn(*, pretrained: Literal["pixel", "clip"], size: Size) -> De
 def own_data(*, size: str = "itpn_base", epochs: int = 24) -> Detect:
     """A start for images and a COCO instances file of your own: 16 images a step, layer decay 0.9 a block.
 
-    Classes and their names are the file's. Norms of the box head go over groups of channels, so that any
-    number of images and ranks will do.
+    Classes and their names are the file's. Images to validate on are named by --data.val-images DIR
+    --data.val-annotations FILE; without them a tenth is held out. Norms of the box head go over groups of
+    channels, so that any number of images and ranks will do.
 
-    Run: itpn train detect_own-data --data.train-images DIR --data.train-annotations FILE --data.val-images
-    DIR --data.val-annotations FILE --init runs/NAME/pretrained.safetensors.
+    Run: itpn train detect_own-data --data.train-images DIR --data.train-annotations FILE --init
+    runs/NAME/pretrained.safetensors.
     Expect: no published number; compare with the same command without --init.
     """
     return Detect(

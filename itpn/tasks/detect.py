@@ -9,7 +9,7 @@ import torch
 from PIL.Image import Image
 
 from itpn.data.coco import Coco
-from itpn.data.detection import train_loader
+from itpn.data.detection import find_splits, train_loader
 from itpn.engine.distributed import World, join_world
 from itpn.engine.run import Run
 from itpn.errors import UserError
@@ -21,7 +21,7 @@ from itpn.recipes.detect import Detect
 from itpn.tasks import finetuning
 from itpn.tasks.common import begins_with, config_of, is_finished, left_out, open_run
 from itpn.tasks.finetuning import fine_tune, fine_tuned, introduce
-from itpn.tasks.objects import compared, found_in, numbers_of, pictured, scores_of, splits, write_report
+from itpn.tasks.objects import compared, found_in, numbers_of, pictured, scores_of, write_report
 from itpn.weights import files, loading
 from itpn.weights.files import Weights
 
@@ -33,7 +33,7 @@ def detect(recipe: Detect) -> Path:
         UserError: settings, data or weights that do not go together.
     """
     with join_world(recipe.loop.device) as world:
-        images, val = splits(recipe.data)
+        images, val = find_splits(recipe.data, recipe.val_share)
         weights = files.read(recipe.init) if recipe.init else None
         recipe = settled(recipe, images, weights)
         run = open_run(recipe, world)

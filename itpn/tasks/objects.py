@@ -11,10 +11,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from itpn.data.coco import Coco, check_categories
-from itpn.data.detection import DetectionDataConfig, eval_loader, find_objects
+from itpn.data.coco import Coco
+from itpn.data.detection import DetectionDataConfig, eval_loader
 from itpn.data.picture import BadImageError
-from itpn.data.progress import watched
 from itpn.engine.distributed import World
 from itpn.engine.numerics import Precision
 from itpn.evaluate.detect import (
@@ -35,17 +34,6 @@ from itpn.tasks.common import evaluating
 
 NUM_PICTURED, LEAST_SHOWN = 6, 0.5
 """Images in a picture, and the lowest score of a detection in it."""
-
-
-def splits(data: DetectionDataConfig) -> tuple[Coco, Coco]:
-    """Images to train and to validate on, with their objects, of the same classes.
-
-    Raises:
-        UserError: a file is missing or wrong, or the two have other classes.
-    """
-    train, val = find_objects(data, "train"), find_objects(data, "val")
-    check_categories(train, val)
-    return train, val
 
 
 def found_in(
@@ -74,8 +62,9 @@ def found_in(
         world_size=world.size,
         device=world.device,
         on_bad=on_bad,
+        progress=progress,
     )
-    for batch in watched(batches, progress) if progress else batches:
+    for batch in batches:
         with evaluating(precision, world.device):
             found = detector.predict(batch["images"].to(world.device), batch["sizes"])
         for row, detections in enumerate(found):

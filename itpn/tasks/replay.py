@@ -25,7 +25,7 @@ from itpn.recipes.detect import Detect
 from itpn.recipes.lookup import Recipe
 from itpn.recipes.pretrain import Pretrain
 from itpn.recipes.segment import Segment
-from itpn.tasks import classify, common, detect, objects, pretrain, segment
+from itpn.tasks import classify, common, detect, pretrain, segment
 from itpn.weights import files
 
 
@@ -70,7 +70,7 @@ def replay_step(
             loader = partial(train_loader, images, recipe.data, image_size=recipe.image_size)
         case Detect():
             recipe = replace(recipe, data=replace(recipe.data, root=root or recipe.data.root))
-            images, _ = objects.splits(recipe.data)
+            images, _ = detection.find_splits(recipe.data, recipe.val_share)
             objective = detect.build(recipe)
             loader = partial(detection.train_loader, images, recipe.data)
         case Segment():

@@ -9,7 +9,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from itpn.data.coco import Coco
-from itpn.data.detection import find_objects
+from itpn.data.detection import find_validation
 from itpn.data.picture import BadImageError
 from itpn.data.segmentation import find_splits
 from itpn.data.source import Images
@@ -71,7 +71,7 @@ def test_detector(
         raise UserError(
             f"{weights.path} holds no detector; fine-tune it first (itpn train CONFIG --init {weights.path})"
         )
-    val = find_objects(recipe.data, "val")
+    val = find_validation(recipe.data, recipe.val_share)
     model = DetectorModel.from_weights(weights).to(world.device)
     _check_classes(model.classes, tuple(category.name for category in val.categories), weights, recipe)
     results = objects.found_in(
@@ -113,6 +113,7 @@ def test_segmenter(
         rank=world.rank,
         world_size=world.size,
         on_bad=on_bad,
+        progress="testing",
     )
     picture = compared(labels, val, recipe.data, world.device) if world.is_main else None
     return found, picture

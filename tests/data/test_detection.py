@@ -1,6 +1,8 @@
 """Batches of images with objects: the same for any workers, ranks and start; each image evaluated once."""
 
 import json
+from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,14 @@ from torch import Generator, Tensor
 
 from itpn.data.coco import Coco
 from itpn.data.coco_file import read_coco
-from itpn.data.detection import DetectionDataConfig, eval_loader, find_objects, train_loader
+from itpn.data.detection import (
+    DetectionDataConfig,
+    eval_loader,
+    find_objects,
+    find_splits,
+    find_validation,
+    train_loader,
+)
 from itpn.data.loader import Batch
 from itpn.data.views import MultiScale, paddings
 from itpn.errors import UserError
@@ -228,6 +237,55 @@ def test_what_cannot_be_read_is_told_and_marked(tmp_path: Path) -> None:
         batch["images"][1].max() == 0 < batch["images"][0].max()
         and batch["original"].tolist() == [[48, 64]] * 3
     )
+
+
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 4), (3, 2)])
+def test_a_bar_knows_how_many_batches_there_are(
+    coco: Coco, world_size: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int | None]] = []
+
+    def watched(items: Iterable[Any], description: str, total: int | None = None) -> Iterable[Any]:
+        told.append((description, total))
+        return items
+
+    monkeypatch.setattr("itpn.data.detection.watched", watched)
+    options = {"batch_size": batch_size, "world_size": world_size}
+    for rank in range(world_size):
+        batches = list(eval_loader(coco, config(), rank=rank, progress="testing", **options))
+        assert told.pop() == ("testing", len(batches))
+    list(eval_loader(coco, config(), **options))
+    assert not told, "beside a run's live line there is no bar"
+
+
+def test_a_share_is_held_out_where_there_is_no_val(folder: Path, tmp_path: Path) -> None:
+    own = config(root=tmp_path, train_images=folder, train_annotations=folder / "instances.json")
+    train, val = find_splits(own, 0.2)
+    every, _ = find_splits(replace(own, empty_images=True), 0.2)
+    whole = find_objects(replace(own, empty_images=True), "train")
+    ids, held_out = every.image_ids.tolist(), val.image_ids.tolist()
+    assert (len(ids), len(held_out)) == (17, 4)
+    assert sorted(ids + held_out) == whole.image_ids.tolist()
+    assert train.image_ids.tolist() == [number for number in ids if number not in (5, 6)]
+    assert val.description.startswith("4 of 21 images") and "held out for validation" in val.description
+    for part in (train, val):
+        for place, number in enumerate(part.image_ids.tolist()):
+            there = whole.objects.of(number - 1)
+            assert part.objects.boxes[part.objects.of(place)].tolist() == whole.objects.boxes[there].tolist()
+    again = find_validation(own, 0.2)
+    assert again.fingerprint == val.fingerprint != find_validation(own, 0.4).fingerprint
+
+
+def test_nothing_is_held_out_where_there_is_something_to_validate_on(folder: Path, tmp_path: Path) -> None:
+    file = folder / "instances.json"
+    own = config(root=tmp_path, train_images=folder, train_annotations=file)
+    named = replace(own, val_images=folder, val_annotations=file)
+    assert [len(part) for part in find_splits(named, 0.2)] == [19, 21]
+    with pytest.raises(UserError, match=r"--data\.val-annotations"):
+        find_splits(replace(own, val_images=folder), 0.2)
+    (tmp_path / "val2017").mkdir()
+    with pytest.raises(UserError, match=r"instances_val2017\.json"):
+        find_splits(own, 0.2)
 
 
 def test_splits_are_found_by_the_config(folder: Path, tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 import math
 import multiprocessing
+from collections.abc import Iterable
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +40,34 @@ def drawn(seed: int, num_classes: int, unlabelled: bool = True) -> tuple[Tensor,
     if unlabelled:
         labels[rng.random(labels.shape) < 0.2] = 255
     return torch.from_numpy(labels), torch.from_numpy(rng.integers(0, num_classes, labels.shape))
+
+
+def test_a_bar_knows_how_many_images_a_rank_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_masks(tmp_path, {"val": 5})
+    config = SegmentationDataConfig(root=root, format="masks", short=40, long=160, workers=0)
+    told: list[tuple[str, int | None]] = []
+    seen: list[int] = []
+
+    def watched(items: Iterable[Any], description: str, total: int | None = None) -> Iterable[Any]:
+        told.append((description, total))
+        for item in items:
+            seen.append(1)
+            yield item
+
+    monkeypatch.setattr("itpn.evaluate.segment.watched", watched)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
+    for rank in range(2):
+        evaluate_segmentation(
+            lambda images, size: torch.zeros(1, *size, dtype=torch.long),
+            find_labelled(config, "val"),
+            config,
+            device=CPU,
+            rank=rank,
+            world_size=2,
+            progress="testing",
+        )
+        assert told.pop() == ("testing", len(seen))
+        seen.clear()
 
 
 @settings(max_examples=30, deadline=None)

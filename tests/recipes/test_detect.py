@@ -140,4 +140,6 @@ def test_what_does_not_go_together_is_refused():
         replace(own_data(), model=replace(own_data().model, pyramid=None))
     with pytest.raises(UserError, match="--eval-every"):
         replace(own_data(), eval_every=-1)
+    with pytest.raises(UserError, match="--val-share"):
+        replace(own_data(), val_share=0.0)
     assert own_data(size="hivit_tiny", epochs=3).loop.epochs == 3
