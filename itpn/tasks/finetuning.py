@@ -26,7 +26,7 @@ from itpn.nn.hivit import HiViTConfig
 from itpn.recipes.classify import Classify
 from itpn.recipes.detect import Detect
 from itpn.recipes.segment import Segment
-from itpn.show.curves import loss_curves
+from itpn.show.curves import loss_curves, read_metrics
 from itpn.tasks.common import Loader, batches, leaving
 from itpn.weights import files
 
@@ -70,7 +70,7 @@ class Evaluation(ABC):
     """Measured numbers that are told in the end, and what they are called; the first one is best where it is
     highest."""
     CURVES: ClassVar[tuple[str, ...]]
-    """Numbers to draw."""
+    """Numbers to draw, of which a run without masks has not all."""
     PICTURE: ClassVar[str]
     """What to look at first."""
 
@@ -117,7 +117,10 @@ class Evaluation(ABC):
             return
         with leaving(directory):
             self.report(directory)
-            loss_curves({self.name: [directory / "metrics.jsonl"]}, run.pictures / "curves.png", self.CURVES)
+            metrics = directory / "metrics.jsonl"
+            logged = {key for numbers in read_metrics(metrics).values() for key in numbers}
+            keys = [key for key in self.CURVES if key in logged]
+            loss_curves({self.name: [metrics]}, run.pictures / "curves.png", keys)
         run.finish(self.num_steps)
         best = self.kept.best
         told = ", ".join(f"{best[key]:.1%} {called}" for key, called in self.NAMES.items() if key in best)
