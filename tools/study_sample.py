@@ -203,7 +203,7 @@ def run_all(recipes: Sequence[Recipe], processes: int) -> None:
 
 
 def pretrain_all(given: Arguments) -> None:
-    arms = [arm for arm in given.arms if arm != "scratch"]
+    arms = pretrained(given)
     run_all([pretraining(arm, seed, given) for seed in SEEDS for arm in arms], given.processes)
 
 
@@ -234,7 +234,7 @@ def measure_speed(given: Arguments) -> None:
     path = given.out / "minutes.json"
     minutes = json.loads(path.read_text()) if path.is_file() else {}
     minutes["teacher epoch"] = teacher(given.out / "speed" / "teacher.safetensors", 3, given)["minutes"] / 3
-    for arm in (arm for arm in given.arms if arm != "scratch"):
+    for arm in pretrained(given):
         recipe = pretraining(arm, 0, given)
         directory = given.out / "speed" / arm
         loop = replace(recipe.loop, run_dir=directory, max_steps=60)
@@ -266,8 +266,25 @@ def report(given: Arguments) -> None:
         if arm in FOLLOWED:
             mean += f" (after half of the epochs {statistics.mean(halfway_of(arm, given)):.1%})"
         print(f"| {arm} | {best_rate(arm, given):g} | {listed} | {mean} | {' | '.join(against)} |")
-
+    neighbours = {arm: [by_neighbours(arm, seed, given)[-1] for seed in SEEDS] for arm in pretrained(given)}
+    print("| arm | k-NN at the end of pre-training, by seed | mean | against pixel |\n|---|---|---|---|")
+    for arm, values in neighbours.items():
+        against = ["" if arm == "pixel" else difference(values, neighbours["pixel"])] * (
+            "pixel" in neighbours
+        )
+        listed = ", ".join(f"{value:.1%}" for value in values)
+        print(f"| {' | '.join([arm, listed, f'{statistics.mean(values):.1%}', *against])} |")
     draw(accuracies, given)
+
+
+def pretrained(given: Arguments) -> list[str]:
+    return [arm for arm in given.arms if arm != "scratch"]
+
+
+def by_neighbours(arm: str, seed: int, given: Arguments) -> list[float]:
+    """k-NN accuracy in the course of pre-training."""
+    lines = read_metrics(given.out / f"{arm}-s{seed}" / "metrics.jsonl").values()
+    return [line["knn_top1"] for line in lines if "knn_top1" in line]
 
 
 def draw(accuracies: Mapping[str, Sequence[float]], given: Arguments) -> None:
@@ -275,13 +292,13 @@ def draw(accuracies: Mapping[str, Sequence[float]], given: Arguments) -> None:
     minutes = json.loads((given.out / "minutes.json").read_text())
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    arms = [arm for arm in given.arms if arm != "scratch"]
+    arms = pretrained(given)
     for colour, arm in zip(COLOURS[: len(arms)], arms, strict=True):
+        label = f"{arm}, teacher of {TEACHERS[arm]} epochs" if arm in TEACHERS else arm
         start = minutes["teacher epoch"] * TEACHERS.get(arm, 0)
-        runs = [read_metrics(given.out / f"{arm}-s{seed}" / "metrics.jsonl") for seed in SEEDS]
-        values = np.array([[100 * v["knn_top1"] for v in run.values() if "knn_top1" in v] for run in runs])
+        values = 100 * np.array([by_neighbours(arm, seed, given) for seed in SEEDS])
         places = start + minutes[arm] * np.linspace(0, 1, values.shape[1])
-        left.plot(places, values.mean(0), color=colour, label=arm)
+        left.plot(places, values.mean(0), color=colour, label=label)
         left.fill_between(places, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
         points = {1.0: accuracies[arm]}
         if arm in FOLLOWED:
@@ -290,7 +307,7 @@ def draw(accuracies: Mapping[str, Sequence[float]], given: Arguments) -> None:
             place = start + share * minutes[arm]
             right.errorbar(
                 place, 100 * statistics.mean(found), 100 * half_width(found),
-                color=colour, marker="o", capsize=3, label=arm if share == 1 else None,
+                color=colour, marker="o", capsize=3, label=label if share == 1 else None,
             )  # fmt: skip
     if "scratch" in accuracies:
         right.axhline(100 * statistics.mean(accuracies["scratch"]), color=FAINT, label="from scratch")
