@@ -77,7 +77,10 @@ def show(figures: Figures, console: Console) -> None:
         say(f"peak memory {figures.peak_memory / 1e9:.2f} GB")
     if figures.baseline_losses and figures.speedup:
         ours, plain = figures.losses[0], figures.baseline_losses[0]
-        say(f"{figures.speedup:.2f} x the plain model, whose first loss is {plain:.6f}; ours is {ours:.6f}")
+        say(
+            f"{figures.speedup:.2f} x the same {figures.baseline}, whose first loss is {plain:.6f}; ours is "
+            f"{ours:.6f}"
+        )
 
 
 def table(title: str, columns: list[tuple[str, dict[str, float]]]) -> Table:

@@ -15,8 +15,10 @@ from itpn.bench.steps import (
     recipe_of,
     report,
     synthetic_images,
+    with_backbone,
 )
 from itpn.commands.arguments import parse
+from itpn.errors import UserError
 from itpn.heads.finetune import ClassifyObjective
 from itpn.objectives.pixel import PixelConfig
 from itpn.recipes.classify import Classify
@@ -27,20 +29,27 @@ class Bench(StepOptions):
     """Time the step of a config that fine-tunes, on random images: its parts, FLOP/s, and share of the
     ceiling."""
 
+    baseline: bool = False
+    """Take turns with the same model without relative positions."""
+
 
 def run(arguments: list[str]) -> None:
     options = parse(Bench, arguments, "itpn bench finetune")
     recipe = recipe_of(Classify, options)
     console = Console(highlight=False, soft_wrap=True)
-    report([measure(recipe.name, partial(subject, recipe), options, console)], options, console)
+    if options.baseline and not recipe.model.backbone.relative_position_bias:
+        raise UserError(f"--baseline: {options.name} has no relative positions to leave out")
+    make = partial(subject, recipe, options.baseline)
+    report([measure(recipe.name, make, options, console)], options, console)
 
 
-def subject(recipe: Classify, device: torch.device, size: int) -> Subject:
+def subject(recipe: Classify, baseline: bool, device: torch.device, size: int) -> Subject:
     backbone, generator = recipe.model.backbone, torch.Generator().manual_seed(0)
     finetune = replace(recipe.finetune, mean=PixelConfig.mean, std=PixelConfig.std)
     objective = ClassifyObjective(backbone, recipe.classifier, finetune, recipe.image_size)
     objective.to(device).train()
     batch = synthetic_images(objective, size, backbone.in_channels, recipe.image_size, generator)
+    plain = with_backbone(recipe, relative_position_bias=False)
     batch["labels"] = torch.randint(recipe.classifier.num_classes, (size,), generator=generator)
     return Subject(
         model=objective,
@@ -49,4 +58,6 @@ def subject(recipe: Classify, device: torch.device, size: int) -> Subject:
         batch=on_device(batch, device),
         image_size=recipe.image_size,
         flops_per_image=objective.flops_per_image,
+        baseline=partial(subject, plain, False, device, size) if baseline else None,
+        differs="without relative positions",
     )

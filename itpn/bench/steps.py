@@ -105,7 +105,9 @@ class Subject:
     notes: Callable[[], list[str]] = list
     """What else there is to say of the step, once it has been taken."""
     baseline: Callable[[], "Subject"] | None = None
-    """What to take turns with."""
+    """What to take turns with …"""
+    differs: str = "written plainly"
+    """… and how it differs."""
 
 
 @dataclass
@@ -241,6 +243,7 @@ def measure(
         peak_memory=peak,
         baseline_parts=baseline_parts[0] if subject.baseline else None,
         baseline_losses=runners[1].losses if subject.baseline else None,
+        baseline=subject.differs,
         kinds=profiled(ours.step, device) if options.profile else None,
         notes=subject.notes(),
     )

@@ -41,6 +41,20 @@ def test_checkpointing_is_asked_for(tmp_path):
     finetune.run(f"{config} --device cpu --device-batch 2 --steps 1 --checkpointing".split())
 
 
+def test_what_relative_positions_cost_a_step(tmp_path, capsys):
+    config, out = tmp_path / "toy.py", tmp_path / "figures.json"
+    config.write_text(CONFIG)
+    finetune.run(f"{config} --device cpu --device-batch 2 --steps 1 --baseline --json {out}".split())
+    figures = json.loads(out.read_text())
+    assert figures["baseline_parts"].keys() == figures["parts"].keys()
+    assert figures["losses"][0] == figures["baseline_losses"][0]  # the tables start at zero
+    assert figures["losses"][2] != figures["baseline_losses"][2]
+    assert "x the same without relative positions" in capsys.readouterr().out
+    config.write_text(CONFIG.replace("relative_position_bias=True", ""))
+    with pytest.raises(UserError, match="no relative positions to leave out"):
+        finetune.run(f"{config} --baseline".split())
+
+
 def test_another_kind_of_config():
     with pytest.raises(UserError, match="is a config of kind Pretrain, and one of Classify is needed"):
         infer.run(["pretrain_demo"])

@@ -80,7 +80,7 @@ def test_figures(tmp_path, capsys, features):
     assert figures["ratio"] == figures["flops"] / figures["ceiling"]
     assert {kind for kind, seconds in figures["kinds"].items() if seconds} >= {"matmul", "norm", "GELU"}
     shown = capsys.readouterr().out
-    assert "images/s" in shown and "of the ceiling" in shown and "x the plain model" in shown
+    assert "images/s" in shown and "of the ceiling" in shown and "x the same written plainly" in shown
 
 
 @pytest.mark.parametrize("pixels", [True, False])
