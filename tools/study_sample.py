@@ -290,7 +290,7 @@ def by_neighbours(arm: str, seed: int, given: Arguments) -> list[float]:
 def draw(accuracies: Mapping[str, Sequence[float]], given: Arguments) -> None:
     """k-NN while pre-training and accuracy once fine-tuned, against minutes that count the teacher's own."""
     minutes = json.loads((given.out / "minutes.json").read_text())
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     arms = pretrained(given)
     for colour, arm in zip(COLOURS[: len(arms)], arms, strict=True):
@@ -316,7 +316,7 @@ def draw(accuracies: Mapping[str, Sequence[float]], given: Arguments) -> None:
     for panel in (left, right):
         panel.set_xlabel("minutes of pre-training on one core, the teacher's included")
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     given.picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(given.picture, dpi=150)
     print(given.picture)
