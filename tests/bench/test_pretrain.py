@@ -137,5 +137,5 @@ def test_flops_by_hand(features, masks):
 
 
 def test_an_unknown_subject_is_an_error():
-    with pytest.raises(UserError, match="pretrain, finetune, infer, data, memory"):
+    with pytest.raises(UserError, match="pretrain, finetune, detect, segment, infer, data, memory"):
         bench.run(["pretraining"])
