@@ -22,6 +22,8 @@ STRENGTH = 0.4
 
 NAME_WIDTH = 0.5
 """Of a picture's width; a longer name is cut off where its box is not wider."""
+NARROW = 9
+"""A label may be as wide as so many letters are high, and letters are made smaller for it."""
 
 
 class Shown(NamedTuple):
@@ -147,13 +149,15 @@ def _lay(canvas: Image.Image, mask: Image.Image, colour: Colour, line: int) -> N
 def _label(
     draw: ImageDraw.ImageDraw, shown: _Drawn, size: tuple[int, int], line: int, taken: Sequence[Box]
 ) -> Box:
-    """Writes the name where no other one is, at a corner of the box; returns the place."""
-    face = font(True, max(11, round(max(size) / 48)))
+    """Writes the name where no other one is, at a corner of the box, inside or outside; returns the place."""
+    face = font(True, max(11, min(round(max(size) / 48), size[0] // NARROW)))
     x1, y1, x2, y2 = _inside(shown.box, size)
-    text = shortened(shown.name, face, max(x2 - x1, NAME_WIDTH * size[0]) - 5 * face.size)
-    text += "" if shown.score is None else f" {shown.score:.2f}"
+    score = "" if shown.score is None else f" {shown.score:.2f}"
+    room = min(max(x2 - x1, NAME_WIDTH * size[0], NARROW * face.size), size[0])
+    text = shortened(shown.name, face, room - face.getlength(score) - 3 * line) + score
     width, height = face.getlength(text) + 3 * line, face.size + 2.0 * line
-    corners = [(x1, y1 - height), (x1, y1), (x2 - width, y1 - height), (x1, y2), (x2 - width, y2 - height)]
+    lefts, tops = (x1, x2 - width, x1 - width, x2), (y1 - height, y1, y2, y2 - height)
+    corners = [(left, top) for left in lefts for top in tops]
     places = []
     for left, top in corners:
         left, top = min(max(0.0, left), size[0] - width), min(max(0.0, top), size[1] - height)

@@ -17,6 +17,8 @@ STRENGTH = 0.6
 """How much of an overlay is the class's colour."""
 WRONG, RIGHT, UNLABELLED = (214, 39, 40), (205, 210, 216), (255, 255, 255)
 SWATCH, LINE, LEGEND_WIDTH = 14, 22, 190
+LEAST_TILE = 150
+"""Pixels from one column of a picture to the next: its heading needs them."""
 HEADINGS = TITLE_SIZE + TEXT_SIZE + 16
 """Height of the headings that `grid` writes."""
 
@@ -51,8 +53,9 @@ def segmentation_picture(
     """An image, the same with the classes of its pixels over it, and which colours are which."""
     colours = class_colours(len(names))
     small, ids = _fitted(image, labels, cell)
+    width = max(small.width, LEAST_TILE)
     picture = grid(
-        [[small, overlay(small, ids, colours)]],
+        [[_widened(tile, width) for tile in (small, overlay(small, ids, colours))]],
         headings=[("image", _size(image)), ("prediction", "")],
         captions=[[caption]] if caption else (),
     )

@@ -58,6 +58,19 @@ def test_labels_stay_apart_and_the_better_one_has_the_first_place() -> None:
         assert close(shown, class_colour(label)).sum() > 500  # its label is not covered
 
 
+def test_labels_of_a_dozen_objects_in_one_place_can_all_be_read() -> None:
+    objects = [Shown((250, 150, 420, 300), label, "electronics", 0.5) for label in range(12)]
+    shown = pixels(objects_picture(grey(600, 400), objects))
+    least = 16 * 100 / 2  # half of a label's place; the rest are letters
+    assert all(close(shown, class_colour(label), 3).sum() > least for label in range(12))
+
+
+@pytest.mark.parametrize(("score", "least"), [(0.97, 100), (None, 60)])
+def test_a_name_can_be_read_in_a_narrow_picture(score: float | None, least: int) -> None:
+    shown = pixels(objects_picture(grey(120, 1200), [Shown((80, 300, 118, 420), 1, "mammal", score)]))
+    assert close(shown[280:299], class_colour(1)).any(0).sum() >= least
+
+
 def test_of_objects_that_overlap_the_smaller_is_above() -> None:
     whole, part = np.ones((400, 600), bool), np.zeros((400, 600), bool)
     part[100:200, 100:200] = True

@@ -3,6 +3,8 @@ import pytest
 from PIL import Image
 
 from itpn.show.segment import (
+    LEAST_TILE,
+    LEGEND_WIDTH,
     RIGHT,
     UNLABELLED,
     WRONG,
@@ -14,6 +16,7 @@ from itpn.show.segment import (
     segmentation_picture,
     shares_of,
 )
+from itpn.show.sheet import MARGIN
 
 GREY = Image.new("RGB", (40, 30), (128, 128, 128))
 NAMES = ("sky", "sea", "a name that is far too long to fit into the column of a legend", "fog")
@@ -64,6 +67,13 @@ def test_a_long_legend_gets_columns() -> None:
     names = [f"class {i}" for i in range(150)]
     picture = legend(shares, names, colours, 300)
     assert picture.height == 300 and all(has(picture, colour) for colour in colours)
+
+
+def test_a_narrow_picture_has_room_for_its_headings() -> None:
+    picture = segmentation_picture(Image.new("RGB", (12, 300)), np.zeros((300, 12), np.uint8), ["sky"])
+    assert picture.width > 2 * LEAST_TILE + LEGEND_WIDTH
+    second = np.asarray(picture)[:60, LEAST_TILE + MARGIN : -LEGEND_WIDTH]
+    assert (second.min(-1) < 128).any(0).nonzero()[0].max() > 70, "prediction is written out"
 
 
 def test_mistakes() -> None:
