@@ -26,7 +26,7 @@ from itpn.heads.upernet import SegmenterConfig
 from itpn.heads.windows import InferenceConfig
 from itpn.models import FeatureModel, SegmenterModel
 from itpn.nn.depth import LayerDecayConfig
-from itpn.nn.pyramid import Model, ModelConfig
+from itpn.nn.pyramid import Model, ModelConfig, PyramidConfig
 from itpn.objectives.pixel import PixelConfig
 from itpn.recipes.segment import Segment
 from itpn.show.curves import read_metrics
@@ -156,6 +156,28 @@ def test_a_run_counted_in_epochs_with_batch_norm(images, tmp_path, capsys):
     assert any("running_mean" in name for name in kept.tensors)
     assert cli.main(["info", str(run)]) == 0
     assert "segmenter: UPerNet, 16 wide, 4 classes" in capsys.readouterr().out
+
+
+def test_it_learns_eight_images_by_heart(tmp_path):
+    root = write_masks(tmp_path / "images", {"train": 8})
+    for kind in ("images", "labels"):
+        shutil.copytree(root / kind / "train", root / kind / "val")
+    given = recipe(root, tmp_path / "run", {"iterations": 80, "batch_size": 8, "picture_every": 0})
+    plain = {name: 0.0 for name in ("flip", "brightness", "contrast", "saturation", "hue")}
+    given = replace(
+        given,
+        model=ModelConfig(backbone=toy_backbone(), pyramid=PyramidConfig(width=24, depth=1)),
+        segmenter=replace(given.segmenter, width=32, dropout=0.0),
+        inference=InferenceConfig(mode="whole"),
+        data=replace(given.data, ratio=(1.0, 1.0), crop=(64, 64), max_class_share=1.0, **plain),
+        optim=AdamWConfig(lr=3e-3, betas=(0.9, 0.999)),
+        layer_decay=LayerDecayConfig(rate=1.0),
+        schedule=ScheduleConfig(shape="poly", warmup_iterations=10, start_factor=0.01),
+        eval_every=0,
+    )
+    report = json.loads((segment(given) / "report.json").read_text())
+    assert report["images"] == 8
+    assert report["miou"] > 0.9
 
 
 def test_a_share_is_held_out_where_there_is_no_val(images, tmp_path, capsys):
