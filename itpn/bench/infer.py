@@ -14,7 +14,6 @@ from itpn.commands.arguments import parse
 from itpn.engine.clock import Clock
 from itpn.engine.distributed import choose_device
 from itpn.engine.numerics import (
-    cast_linears,
     ceiling_matrix,
     choose_precision,
     product_flops,
@@ -61,8 +60,6 @@ def measure(recipe: Classify, options: Bench, console: Console) -> tuple[Figures
     if backbone.relative_position_bias:
         plain = replace(recipe.model, backbone=replace(backbone, relative_position_bias=False))
         models.append(build(replace(recipe, model=plain), device))
-    for model in models:  # as `itpn test` does
-        cast_linears(model, precision)
     for model in models if options.compile else ():
         for block in model.backbone.blocks():
             block.compile()

@@ -8,7 +8,7 @@ import sys
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from itpn.engine.clock import Clock
 
@@ -47,13 +47,6 @@ def set_numerics(device: torch.device, precision: torch.dtype, *, deterministic:
         torch.set_float32_matmul_precision("high")
     if device.type == "cpu":
         keep_freed_memory()
-
-
-def cast_linears(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the linear layers of a module that is not trained once, as autocast would for every batch."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            layer.to(dtype)
 
 
 def keep_freed_memory() -> None:

@@ -14,7 +14,6 @@ from itpn.data.picture import BadImageError
 from itpn.data.segmentation import find_splits
 from itpn.data.source import Images
 from itpn.engine.distributed import World
-from itpn.engine.numerics import cast_linears, choose_precision
 from itpn.errors import UserError, printable
 from itpn.evaluate.classify import Predictions, Report, report
 from itpn.evaluate.detect import Result, Scores
@@ -54,7 +53,6 @@ def test_classifier(
     model = ClassifierModel.from_weights(weights, **_sized(recipe)).to(world.device)
     class_names = val.class_names or ()
     _check_classes(model.classes, class_names, weights, recipe)
-    cast_linears(model, choose_precision(recipe.loop.precision, world.device))
     normalise = _normalise(model).to(world.device)
     found = validate(lambda images: model(normalise(images)), recipe, val, world, on_bad, progress="testing")
     return report(found, class_names), found, val
@@ -131,7 +129,6 @@ def test_features(
     """What a linear classifier or nearest neighbours make of the mean of a frozen backbone's tokens."""
     train, val = splits(recipe.data, recipe.val_share if isinstance(recipe, Classify) else 0.1)
     model = FeatureModel.from_weights(weights, "tokens", **_sized(recipe)).to(world.device)
-    cast_linears(model, choose_precision(recipe.loop.precision, world.device))
     normalise = _normalise(model).to(world.device)
 
     def pooled(images: Tensor) -> Tensor:
