@@ -139,7 +139,7 @@ def own_data(*, size: str = "itpn_base", epochs: int = 24) -> Detect:
     )
 
 
-def demo(*, epochs: int = 12) -> Detect:
+def demo(*, epochs: int = 16) -> Detect:
     """A nano iTPN with narrow heads on the bundled scenes, for two CPU cores.
 
     Run: itpn sample-data data/sample and itpn train detect_demo --init PRETRAINED.
@@ -150,23 +150,20 @@ def demo(*, epochs: int = 12) -> Detect:
             backbone=HiViTConfig(size="itpn_nano", image_size=96), pyramid=PyramidConfig(width=96, depth=1)
         ),
         detector=DetectorConfig(
-            proposals=ProposalConfig(
-                num_sampled=128, num_before_nms=(500, 500), num_proposals=(250, 250)
-            ),
+            proposals=ProposalConfig(num_sampled=128, num_before_nms=(100, 100), num_proposals=(60, 60)),
             regions=RegionConfig(
-                num_sampled=64, head=HeadConfig(norm="group", num_convs=2, conv_width=64, hidden_width=256)
+                num_sampled=32, head=HeadConfig(norm="group", num_convs=2, conv_width=64, hidden_width=256)
             ),
         ),
         data=DetectionDataConfig(
             root=Path("data/sample/coco"),
             scale=MultiScale(
-                short_sides=(128, 160, 192), max_side=256, crop=0.0, eval_short_side=160, num_short_sides=1
+                short_sides=(128,), max_side=160, crop=0.0, eval_short_side=128, num_short_sides=1
             ),
             mask_size=56,
         ),
         optim=AdamWConfig(lr=1e-3, betas=(0.9, 0.999)),
-        layer_decay=LayerDecayConfig(rate=0.8),
-        schedule=ScheduleConfig(shape="step", warmup_epochs=1),
+        schedule=ScheduleConfig(warmup_epochs=1),
         loop=LoopConfig(epochs=epochs, batch_size=8, picture_every=4),
         eval_every=4,
     )  # fmt: skip

@@ -125,7 +125,7 @@ def own_data(*, size: str = "itpn_base", epochs: int = 100) -> Segment:
     )
 
 
-def demo(*, epochs: int = 10) -> Segment:
+def demo(*, epochs: int = 16) -> Segment:
     """A nano iTPN with a narrow head on the bundled scenes, for two CPU cores.
 
     Run: itpn sample-data data/sample and itpn train segment_demo --init PRETRAINED.
@@ -135,14 +135,13 @@ def demo(*, epochs: int = 10) -> Segment:
         model=ModelConfig(
             backbone=HiViTConfig(size="itpn_nano", image_size=96), pyramid=PyramidConfig(width=96, depth=1)
         ),
-        segmenter=SegmenterConfig(width=64, auxiliary_width=32, norm="group"),
+        segmenter=SegmenterConfig(width=64, auxiliary_width=32, norm="group", dropout=0.0),
         inference=InferenceConfig(mode="whole"),
         data=SegmentationDataConfig(
-            root=Path("data/sample/ade20k"), short=96, long=384, ratio=(0.75, 1.5), crop=(96, 96)
+            root=Path("data/sample/ade20k"), short=128, long=512, ratio=(0.75, 1.5), crop=(128, 128)
         ),
         optim=AdamWConfig(lr=1e-3, betas=(0.9, 0.999)),
-        layer_decay=LayerDecayConfig(rate=0.8),
-        schedule=ScheduleConfig(shape="poly"),
-        loop=LoopConfig(epochs=epochs, batch_size=16, picture_every=5),
-        eval_every=2,
+        schedule=ScheduleConfig(shape="poly", warmup_epochs=1),
+        loop=LoopConfig(epochs=epochs, batch_size=8, picture_every=4),
+        eval_every=4,
     )
