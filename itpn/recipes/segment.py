@@ -129,7 +129,7 @@ def demo(*, epochs: int = 16) -> Segment:
     """A nano iTPN with a narrow head on the bundled scenes, for two CPU cores.
 
     Run: itpn sample-data data/sample and itpn train segment_demo --init PRETRAINED.
-    Expect: backgrounds and rough shapes of the things on them; minutes are too short for all classes.
+    Expect: backgrounds first (about 14 % mIoU after 8 epochs in bf16); no run to the end was measured.
     """
     return Segment(
         model=ModelConfig(
