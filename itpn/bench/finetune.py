@@ -46,12 +46,11 @@ def run(arguments: list[str]) -> None:
 def subject(recipe: Classify, baseline: bool, device: torch.device, size: int) -> Subject:
     backbone, generator = recipe.model.backbone, torch.Generator().manual_seed(0)
     finetune = replace(recipe.finetune, mean=PixelConfig.mean, std=PixelConfig.std)
-    torch.manual_seed(0)  # the same weights with and without relative positions
     objective = ClassifyObjective(backbone, recipe.classifier, finetune, recipe.image_size)
     objective.to(device).train()
     batch = synthetic_images(objective, size, backbone.in_channels, recipe.image_size, generator)
-    plain = with_backbone(recipe, relative_position_bias=False)
     batch["labels"] = torch.randint(recipe.classifier.num_classes, (size,), generator=generator)
+    plain = with_backbone(recipe, relative_position_bias=False)
     return Subject(
         model=objective,
         objective=objective,

@@ -214,6 +214,7 @@ def measure(
             progress.advance(task)
         peak = peak_memory(device)
         if subject.baseline:
+            torch.manual_seed(0)
             runners.append(Runner(subject.baseline(), precision, num_steps))
             for _ in range(WARM_UP):
                 runners[1].step()

@@ -118,7 +118,7 @@ class Evaluation(finetuning.Evaluation):
     def __init__(
         self, recipe: Classify, objective: ClassifyObjective, images: Images, val: Images, run: Run
     ) -> None:
-        super().__init__(recipe, images, val, run)
+        super().__init__(recipe, images, run)
         self.recipe, self.objective, self.val = recipe, objective, val
         self.found: Report | None = None
 

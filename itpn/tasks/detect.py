@@ -94,7 +94,7 @@ class Evaluation(finetuning.Evaluation):
     PICTURE = "the newest detections"
 
     def __init__(self, recipe: Detect, objective: DetectObjective, images: Coco, val: Coco, run: Run) -> None:
-        super().__init__(recipe, images, val, run)
+        super().__init__(recipe, images, run)
         self.recipe, self.objective, self.val = recipe, objective, val
         self.pictured = pictured(val)
         self.scores: list[Scores] = []

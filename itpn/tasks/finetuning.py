@@ -74,7 +74,7 @@ class Evaluation(ABC):
     PICTURE: ClassVar[str]
     """What to look at first."""
 
-    def __init__(self, recipe: FineTuning, images: Images, val: Images, run: Run) -> None:
+    def __init__(self, recipe: FineTuning, images: Images, run: Run) -> None:
         self.name, self.run = recipe.name, run
         self.bad = BadFiles(run, len(images), recipe.data.max_bad_share)
         self.num_steps = recipe.loop.num_steps(steps_per_epoch(len(images), recipe.loop.batch_size))

@@ -105,7 +105,7 @@ class Evaluation(finetuning.Evaluation):
         val: LabelledImages,
         run: Run,
     ) -> None:
-        super().__init__(recipe, images, val, run)
+        super().__init__(recipe, images, run)
         self.recipe, self.objective, self.val = recipe, objective, val
         self.labels = labeller(objective, recipe.inference, recipe.loop.precision, run.world.device)
         self.scores: SegmentationScores | None = None

@@ -152,9 +152,9 @@ def _torch(path: Path, kind: str, ema: bool) -> tuple[Any, list[str]]:
 
 
 def _load(file: Path | IO[bytes], stand_ins: Mapping[str, type], device: str, mmap: bool = False) -> Any:
-    # The one place where a pickle is read; weights_only lets it name nothing but tensors and the stand-ins.
     with allowing(stand_ins), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # The one place where a pickle is read; weights_only lets it name nothing but tensors and stand-ins.
         return torch.load(file, map_location=device, weights_only=True, mmap=mmap)
 
 
