@@ -4,71 +4,30 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 import itpn
 from itpn import cli
-from itpn.data.detection import DetectionDataConfig
-from itpn.data.views import MultiScale
-from itpn.engine.loop import LoopConfig
-from itpn.engine.optim import AdamWConfig
-from itpn.engine.schedule import ScheduleConfig
 from itpn.errors import UserError
 from itpn.models import DetectorModel
-from itpn.nn.depth import LayerDecayConfig
-from itpn.nn.pyramid import Model, ModelConfig, PyramidConfig
+from itpn.nn.pyramid import Model, ModelConfig
 from itpn.objectives.pixel import PixelConfig
-from itpn.recipes.detect import Detect
 from itpn.show.curves import read_metrics
 from itpn.tasks.detect import detect
 from itpn.weights import files
-from tests.toys import toy_backbone, toy_detector_config, toy_model, toy_scenes
+from tests.detecting import CATEGORIES, recipe, write_coco
+from tests.toys import toy_model, toy_scenes
 
-CATEGORIES = [{"id": 3, "name": "red"}, {"id": 5, "name": "green"}, {"id": 9, "name": "blue"}]
 NUMBERS = {
     f"{kind}_{name}"
     for kind in ("box", "mask")
     for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 }
-
-
-def write_coco(root, split, count, seed):
-    """Toy scenes as COCO has them: polygons of ellipses, the colour is the class."""
-    scenes = toy_scenes(count, seed=seed)
-    (root / f"{split}2017").mkdir(parents=True)
-    (root / "annotations").mkdir(exist_ok=True)
-    turn = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-    images, annotations = [], []
-    for i in range(count):
-        pixels = scenes["images"][i].permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(root / f"{split}2017" / f"{i}.png")
-        images.append({"id": i + 1, "file_name": f"{i}.png", "height": 64, "width": 64})
-        for box, label in zip(scenes["boxes"][i].tolist(), scenes["labels"][i].tolist(), strict=True):
-            if label >= 0:
-                x, y, width, height = box[0], box[1], box[2] - box[0], box[3] - box[1]
-                outline = np.stack(
-                    [x + width * (1 + np.cos(turn)) / 2, y + height * (1 + np.sin(turn)) / 2], 1
-                )
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": i + 1,
-                        "category_id": CATEGORIES[label]["id"],
-                        "bbox": [x, y, width, height],
-                        "area": width * height * np.pi / 4,
-                        "iscrowd": 0,
-                        "segmentation": [outline.ravel().tolist()],
-                    }
-                )
-    content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
-    (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module")
@@ -91,39 +50,6 @@ def saved(path, model):
     config = {"model": asdict(model), "objective": asdict(seen)}
     files.save(path, Model(model).state_dict(), json.loads(json.dumps(config)))
     return path
-
-
-def recipe(root, run_dir, loop=None, **fields):
-    given = Detect(
-        name="toy",
-        model=ModelConfig(
-            backbone=toy_backbone(drop_path=0.2), pyramid=PyramidConfig(width=40, depth=2, mlp_ratio=2.0)
-        ),
-        detector=replace(toy_detector_config(norm="batch"), mean=None, std=None),
-        data=DetectionDataConfig(
-            root=root,
-            workers=0,
-            mask_size=28,
-            scale=MultiScale(
-                short_sides=(64,),
-                max_side=64,
-                crop_short_sides=(64,),
-                crop_sides=(48, 64),
-                eval_short_side=64,
-            ),
-        ),
-        optim=AdamWConfig(lr=1e-3),
-        layer_decay=LayerDecayConfig(rate=0.9),
-        loop=LoopConfig(
-            **{
-                "epochs": 2, "batch_size": 4, "device": "cpu", "log_every": 1, "run_dir": run_dir,
-                "picture_every": 1,
-            }
-            | (loop or {})
-        ),
-        eval_batch=2,
-    )  # fmt: skip
-    return replace(given, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -225,59 +151,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(run, images, pretrained, t
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
 
 
-def test_annotations_without_masks_train_boxes_alone(images, tmp_path):
-    root = tmp_path / "boxes"
-    (root / "annotations").mkdir(parents=True)
-    for split in ("train", "val"):
-        (root / f"{split}2017").symlink_to(images / f"{split}2017")
-        name = f"annotations/instances_{split}2017.json"
-        content = json.loads((images / name).read_text())
-        for annotation in content["annotations"]:
-            del annotation["segmentation"]
-        (root / name).write_text(json.dumps(content))
-    run = detect(recipe(root, tmp_path / "run", {"epochs": 1}))
-    assert not itpn.load(run).config.masks
-    assert "mask_AP" not in json.loads((run / "report.json").read_text())
-
-
-def test_splits_of_other_classes(images, tmp_path):
-    root = tmp_path / "other"
-    (root / "annotations").mkdir(parents=True)
-    content = json.loads((images / "annotations/instances_val2017.json").read_text())
-    content["categories"][0]["name"] = "pink"
-    (root / "val.json").write_text(json.dumps(content))
-    given = recipe(images, tmp_path / "run")
-    data = replace(given.data, val_annotations=root / "val.json")
-    with pytest.raises(UserError, match=r"need the same categories.*red \(3\).*pink \(3\)"):
-        detect(replace(given, data=data))
-
-
-def test_it_learns_eight_images_by_heart(tmp_path):
-    for split in ("train", "val"):  # the same images
-        write_coco(tmp_path / "images", split, 8, seed=1)
-    given = recipe(tmp_path / "images", tmp_path / "run", {"epochs": 160, "batch_size": 8, "clip_grad": 5.0})
-    detector = toy_detector_config(mean=None, std=None)
-    head = replace(detector.regions.head, conv_width=48, hidden_width=96)
-    whole = MultiScale(
-        flip=0.0, crop=0.0, short_sides=(96,), max_side=96, eval_short_side=96, num_short_sides=1
-    )
-    given = replace(
-        given,
-        model=ModelConfig(backbone=toy_backbone(), pyramid=PyramidConfig(width=48, depth=1)),
-        detector=replace(detector, regions=replace(detector.regions, head=head)),
-        data=replace(given.data, scale=whole, mask_size=56),
-        optim=AdamWConfig(lr=3e-3, betas=(0.9, 0.999)),
-        layer_decay=LayerDecayConfig(rate=1.0),
-        schedule=ScheduleConfig(warmup_epochs=10),
-        loop=replace(given.loop, picture_every=0),
-        eval_every=0,
-    )
-    report = json.loads((detect(given) / "report.json").read_text())
-    assert report["images"] == 8
-    assert report["box_AP"] > 0.9
-    assert report["mask_AP"] > 0.8
-
-
 def test_own_data_without_images_to_validate_on(images, config, tmp_path, capsys):
     (tmp_path / "objects.json").write_bytes((images / "annotations/instances_train2017.json").read_bytes())
     own = ("--data.root", "nowhere", "--data.train-images", images / "train2017")
@@ -296,7 +169,7 @@ def test_own_data_without_images_to_validate_on(images, config, tmp_path, capsys
 def config(images, tmp_path, monkeypatch):
     """A config file of the toy, and the folder it lies in as the current one."""
     (tmp_path / "toy.py").write_text(
-        "from pathlib import Path\nfrom tests.test_detect_run import recipe\n"
+        "from pathlib import Path\nfrom tests.detecting import recipe\n"
         f"config = recipe(Path({str(images)!r}), Path('nowhere'))\n"
     )
     monkeypatch.chdir(tmp_path)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import tyro
@@ -49,6 +49,10 @@ RATES = (3e-4, 1e-3, 3e-3)
 FINE_EPOCHS = 8
 T_95 = 2.776
 """Half the width of a 95 % interval over standard errors, of five differences (Student's t, 4 degrees)."""
+
+
+A = TypeVar("A", bound=Any)
+"""Arguments with `stages`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,11 +354,16 @@ STAGES: dict[str, Callable[[Arguments], None]] = {
 }
 
 
-def main() -> None:
-    given = tyro.cli(Arguments, description=__doc__)
+def run_stages(
+    arguments: type[A], stages: Mapping[str, Callable[[A], None]], description: str | None
+) -> None:
+    """The stages that the command line names, in its order."""
+    given = tyro.cli(arguments, description=description)
+    if unknown := [stage for stage in given.stages if stage not in stages]:
+        raise SystemExit(f"no stage {', '.join(unknown)}; choose of {', '.join(stages)}")
     for stage in given.stages:
-        STAGES[stage](given)
+        stages[stage](given)
 
 
 if __name__ == "__main__":
-    main()
+    run_stages(Arguments, STAGES, __doc__)

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
-from study_sample import SEEDS, difference, run_all
+from study_sample import SEEDS, difference, run_all, run_stages
 
 from itpn.data.sample_data import write_sample
 from itpn.recipes import detect, segment
@@ -197,11 +197,5 @@ STAGES: dict[str, Callable[[Arguments], None]] = {
 }
 
 
-def main() -> None:
-    given = tyro.cli(Arguments, description=__doc__)
-    for stage in given.stages:
-        STAGES[stage](given)
-
-
 if __name__ == "__main__":
-    main()
+    run_stages(Arguments, STAGES, __doc__)

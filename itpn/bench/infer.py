@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import track
 
 from itpn.bench.figures import Figures, show
-from itpn.bench.steps import BATCH, PRODUCTS, WARM_UP, Options, peak_memory
+from itpn.bench.steps import BATCH, PRODUCTS, WARM_UP, Options, peak_memory, setting
 from itpn.commands.arguments import parse
 from itpn.engine.clock import Clock
 from itpn.engine.distributed import choose_device
@@ -90,14 +90,10 @@ def measure(recipe: Classify, options: Bench, console: Console) -> tuple[Figures
     pairs = zip(passes[0], passes[-1], strict=True)
     cost = statistics.median(ours / without for ours, without in pairs) - 1
     figures = Figures(
+        **setting(options, device, precision),
         config=recipe.name,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        precision=str(precision).removeprefix("torch."),
         device_batch=size,
         image_size=recipe.image_size,
-        compiled=options.compile,
-        torch=torch.__version__,
-        threads=torch.get_num_threads(),
         flops_per_image=forward_flops(models[0], recipe.image_size),
         ceiling=product_flops(matrix) / statistics.median(products),
         parts=parts[0],

@@ -229,14 +229,10 @@ def measure(
             progress.advance(task)
     parts, *baseline_parts = [runner.parts for runner in runners]  # before a profiled step joins them
     return Figures(
+        **setting(options, device, precision),
         config=name,
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        precision=str(precision).removeprefix("torch."),
         device_batch=size,
         image_size=subject.image_size,
-        compiled=options.compile,
-        torch=torch.__version__,
-        threads=torch.get_num_threads(),
         flops_per_image=subject.flops_per_image(),
         ceiling=product_flops(matrix) / statistics.median(products),
         parts=parts,
@@ -248,6 +244,17 @@ def measure(
         kinds=profiled(ours.step, device) if options.profile else None,
         notes=subject.notes(),
     )
+
+
+def setting(options: Options, device: torch.device, precision: torch.dtype) -> dict[str, Any]:
+    """What figures say of where and how they were taken."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": str(precision).removeprefix("torch."),
+        "compiled": options.compile,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def report(figures: Sequence[Figures], options: Options, console: Console) -> None:

@@ -21,6 +21,7 @@ from dataclasses import replace
 
 from itpn.data.detection import DetectionDataConfig
 from itpn.data.views import MultiScale
+from itpn.nn.depth import LayerDecayConfig
 from itpn.recipes.detect import demo
 from tests.toys import toy_detector_config, toy_model
 
@@ -30,6 +31,7 @@ config = replace(
     model=toy_model(drop_path=0.1, relative_position_bias=True),
     detector=toy_detector_config({cascade}),
     data=DetectionDataConfig(scale=scale, mask_size=28),
+    layer_decay=LayerDecayConfig(rate=0.8),
 )
 """
 SEGMENT = """
