@@ -99,6 +99,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
         return attend_biased(q, k, v, bias)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or k.shape[-2] > SHORT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # the product would gather k transposed, slowly
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     weights: Tensor = (scores if bias is None else scores + bias).softmax(-1)
     return weights @ v
