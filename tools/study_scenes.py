@@ -36,7 +36,7 @@ ARMS: dict[str, tuple[str | None, bool]] = {
 }
 """What each starts from: an arm of `study_sample.py`, and whether its pyramid is loaded."""
 RATES = (3e-4, 1e-3, 3e-3)
-EPOCHS = {"detect": 16, "segment": 16}
+EPOCHS = {"detect": 16, "segment": 10}
 MEASURES = {"detect": ("box_AP", "mask_AP"), "segment": ("miou", "pixel_accuracy")}
 """Numbers that are reported; the first one chooses the learning rate."""
 
