@@ -150,7 +150,9 @@ def demo(*, epochs: int = 16) -> Detect:
             backbone=HiViTConfig(size="itpn_nano", image_size=96), pyramid=PyramidConfig(width=96, depth=1)
         ),
         detector=DetectorConfig(
-            proposals=ProposalConfig(num_sampled=128, num_before_nms=(100, 100), num_proposals=(60, 60)),
+            proposals=ProposalConfig(
+                anchor_scale=4.0, num_sampled=128, num_before_nms=(100, 100), num_proposals=(60, 60)
+            ),
             regions=RegionConfig(
                 num_sampled=32, head=HeadConfig(norm="group", num_convs=2, conv_width=64, hidden_width=256)
             ),
