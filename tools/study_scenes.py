@@ -142,30 +142,45 @@ def measured(recipe: Detect | Segment, key: str) -> float:
     return float(json.loads((recipe.loop.run_dir / "report.json").read_text())[key])
 
 
+COMPARED = ("scratch", "backbone", "pixel")
+"""Arms that every other one is measured against."""
+
+
 def report(given: Arguments) -> None:
     """The tables of docs/results.md, and their pictures."""
     for task in given.tasks:
-        keys = MEASURES[task]
-        found = {
-            arm: {key: [measured(final(task, arm, seed, given), key) for seed in SEEDS] for key in keys}
-            for arm in ARMS
-        }
-        print(
-            f"| {task} | learning rate | {keys[0]} by seed | mean | against scratch | against backbone "
-            f"| {keys[1]} |"
-        )
-        print("|---|---|---|---|---|---|---|")
+        key, other_key = MEASURES[task]
+        found = {arm: [measured(final(task, arm, seed, given), key) for seed in SEEDS] for arm in ARMS}
+        against = " | ".join(f"against {arm}" for arm in COMPARED)
+        print(f"| {task} | learning rate | {key}, seeds 0 to 4 | mean | {against} | {other_key} |")
+        print("|---" * (5 + len(COMPARED)) + "|")
         for arm, values in found.items():
-            first, second = (values[key] for key in keys)
-            against = [
-                "" if other == arm else difference(first, found[other][keys[0]])
-                for other in ("scratch", "backbone")
+            others = [measured(final(task, arm, seed, given), other_key) for seed in SEEDS]
+            cells = [
+                arm,
+                f"{best_rate(task, arm, given):g}",
+                ", ".join(f"{100 * value:.1f}" for value in values),
+                f"{100 * statistics.mean(values):.1f}",
+                *("" if other == arm else difference(values, found[other]) for other in COMPARED),
+                f"{100 * statistics.mean(others):.1f}",
             ]
-            listed = ", ".join(f"{100 * value:.1f}" for value in first)
-            means = [f"{100 * statistics.mean(numbers):.1f}" for numbers in (first, second)]
-            rate = f"{best_rate(task, arm, given):g}"
-            print(f"| {' | '.join([arm, rate, listed, means[0], *against, means[1]])} |")
+            print(f"| {' | '.join(cells)} |")
+        print(f"A run trains for {minutes(task, given):.1f} minutes at the median speed.")
         draw(task, given)
+
+
+def minutes(task: Task, given: Arguments) -> float:
+    """Of a final run, from the median of all runs' speeds."""
+    speeds = [
+        line["images_per_s"]
+        for arm in ARMS for seed in SEEDS
+        for line in read_metrics(directory_of(task, arm, seed, given) / "speed.jsonl").values()
+    ]  # fmt: skip
+    recipe = final(task, "scratch", 0, given)
+    images = (
+        max(read_metrics(directory_of(task, "scratch", 0, given) / "speed.jsonl")) * recipe.loop.batch_size
+    )
+    return float(images / statistics.median(speeds) / 60)
 
 
 def draw(task: Task, given: Arguments) -> None:
