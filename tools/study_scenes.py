@@ -171,15 +171,11 @@ def report(given: Arguments) -> None:
 
 def minutes(task: Task, given: Arguments) -> float:
     """Of a final run, from the median of all runs' speeds."""
-    speeds = [
-        line["images_per_s"]
-        for arm in ARMS for seed in SEEDS
-        for line in read_metrics(directory_of(task, arm, seed, given) / "speed.jsonl").values()
-    ]  # fmt: skip
-    recipe = final(task, "scratch", 0, given)
-    images = (
-        max(read_metrics(directory_of(task, "scratch", 0, given) / "speed.jsonl")) * recipe.loop.batch_size
-    )
+    runs = [
+        read_metrics(directory_of(task, arm, seed, given) / "speed.jsonl") for arm in ARMS for seed in SEEDS
+    ]
+    speeds = [line["images_per_s"] for run in runs for line in run.values()]
+    images = max(runs[0]) * final(task, "scratch", 0, given).loop.batch_size
     return float(images / statistics.median(speeds) / 60)
 
 
