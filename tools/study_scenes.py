@@ -37,7 +37,7 @@ ARMS: dict[str, tuple[str | None, bool]] = {
     "mfm": ("mfm", True),
 }
 """What each starts from: an arm of `study_sample.py`, and whether its pyramid is loaded."""
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = {"detect": (3e-4, 1e-3, 3e-3), "segment": (1e-3, 3e-3, 1e-2)}
 EPOCHS = {"detect": 8, "segment": 10}
 MEASURES = {"detect": ("box_AP", "mask_AP"), "segment": ("miou", "pixel_accuracy")}
 """Numbers that are reported; the first one chooses the learning rate."""
@@ -116,7 +116,7 @@ def fine_tuning(
 def sweep_all(given: Arguments) -> None:
     runs = [
         fine_tuning(task, arm, 0, lr, given, sweep=True)
-        for task in given.tasks for arm in ARMS for lr in RATES
+        for task in given.tasks for arm in ARMS for lr in RATES[task]
     ]  # fmt: skip
     run_all(runs, given.processes)
 
@@ -134,7 +134,7 @@ def final(task: Task, arm: str, seed: int, given: Arguments) -> Detect | Segment
 
 def best_rate(task: Task, arm: str, given: Arguments) -> float:
     key = MEASURES[task][0]
-    return max(RATES, key=lambda lr: measured(fine_tuning(task, arm, 0, lr, given, sweep=True), key))
+    return max(RATES[task], key=lambda lr: measured(fine_tuning(task, arm, 0, lr, given, sweep=True), key))
 
 
 def measured(recipe: Detect | Segment, key: str) -> float:
