@@ -56,37 +56,27 @@ class Arguments:
     """Runs at a time."""
     pictures: Path = Path("docs/pictures")
 
+    @property
+    def scenes(self) -> Path:
+        return self.out / "data"
+
 
 def write_data(given: Arguments) -> None:
     """The scenes, and their training part once more, without a validation part, for the sweep."""
-    sample = given.out / "data"
-    if not sample.is_dir():
-        write_sample(sample)
-    for split in ("train", "val"):
-        forget_classes(sample / "coco", split, given.out / "scenes" / "coco")
-    forget_classes(sample / "coco", "train", given.out / "sweep" / "coco")
-    link(sample / "ade20k", given.out / "scenes" / "ade20k")
+    if not given.scenes.is_dir():
+        write_sample(given.scenes)
     ade20k = Path("ade20k") / "ADEChallengeData2016"
-    for part in ("images/training", "annotations/training", "objectInfo150.txt"):
-        link(sample / ade20k / part, given.out / "sweep" / ade20k / part)
-
-
-def forget_classes(source: Path, split: str, target: Path) -> None:
-    """A split of the scenes in COCO's layout, all of whose objects are of one class."""
-    link(source / f"{split}2017", target / f"{split}2017")
-    file = Path("annotations") / f"instances_{split}2017.json"
-    content = json.loads((source / file).read_text())
-    content["categories"] = [{"id": 1, "name": "object"}]
-    for annotation in content["annotations"]:
-        annotation["category_id"] = 1
-    (target / file).parent.mkdir(parents=True, exist_ok=True)
-    (target / file).write_text(json.dumps(content))
-
-
-def link(source: Path, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if not place.is_symlink():
-        place.symlink_to(source.resolve())
+    for part in (
+        Path("coco", "train2017"),
+        Path("coco", "annotations", "instances_train2017.json"),
+        ade20k / "images" / "training",
+        ade20k / "annotations" / "training",
+        ade20k / "objectInfo150.txt",
+    ):
+        link = given.out / "sweep" / part
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to((given.scenes / part).resolve())
 
 
 def fine_tuning(
@@ -96,7 +86,7 @@ def fine_tuning(
     recipe = detect.demo(epochs=epochs) if task == "detect" else segment.demo(epochs=epochs)
     source, pyramid = ARMS[arm]
     name = f"{task}-{arm}-s{seed}"
-    root = given.out / ("sweep" if sweep else "scenes")
+    root = given.out / "sweep" if sweep else given.scenes
     loop = replace(
         recipe.loop, seed=seed, device="cpu", precision="bf16", keep_last=1, checkpoint_minutes=60,
         picture_every=0 if sweep else epochs,

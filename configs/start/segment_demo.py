@@ -2,4 +2,4 @@
 
 from itpn.recipes.segment import demo
 
-config = demo(epochs=10)
+config = demo()

@@ -145,6 +145,11 @@ class Coco(ImageList):
             objects=self.objects.of_images(images),
         )
 
+    def of_one_class(self) -> "Coco":
+        """The same with every object of one class, "object"."""
+        objects = replace(self.objects, labels=np.zeros_like(self.objects.labels))
+        return replace(self, categories=(Category(1, "object"),), objects=objects)
+
     def with_objects(self) -> "Coco":
         """Without the images that have no object to learn from, or crowds only."""
         chosen = np.flatnonzero(self.objects.counts())

@@ -37,6 +37,8 @@ class DetectionDataConfig:
     val_annotations: Path | None = None
     """COCO instances file of the images to evaluate on; None: ROOT/annotations/instances_val2017.json."""
     scale: MultiScale = field(default_factory=MultiScale)
+    single_class: bool = False
+    """Take all objects for one class, "object": find where things are, not what they are."""
     empty_images: bool = False
     """Train on images without objects too; the published recipes leave them out."""
     mask_size: int = 112
@@ -93,14 +95,14 @@ def find_objects(config: DetectionDataConfig, split: Split) -> Coco:
         UserError: See `find_coco`; or too many annotations are bad.
     """
     if split == "val":
-        return find_coco(config.root, split, config.val_images, config.val_annotations)
+        return _read(config, split, config.val_images, config.val_annotations)
     coco = _all_to_train_on(config)
     return coco if config.empty_images else coco.with_objects()
 
 
 def _all_to_train_on(config: DetectionDataConfig) -> Coco:
     """Those without objects, too."""
-    coco = find_coco(config.root, "train", config.train_images, config.train_annotations)
+    coco = _read(config, "train", config.train_images, config.train_annotations)
     num_bad = sum(finding.left_out for finding in coco.findings)
     if num_bad > config.max_bad_share * coco.num_annotations:
         raise UserError(
@@ -108,6 +110,11 @@ def _all_to_train_on(config: DetectionDataConfig) -> Coco:
             f"data.max_bad_share {config.max_bad_share:g}; itpn check-data --format coco lists them"
         )
     return coco
+
+
+def _read(config: DetectionDataConfig, split: Split, images: Path | None, annotations: Path | None) -> Coco:
+    coco = find_coco(config.root, split, images, annotations)
+    return coco.of_one_class() if config.single_class else coco
 
 
 def train_loader(

@@ -288,6 +288,28 @@ def test_nothing_is_held_out_where_there_is_something_to_validate_on(folder: Pat
         find_splits(own, 0.2)
 
 
+def test_of_a_single_class_is_the_same_as_a_file_with_one_category(folder: Path, tmp_path: Path) -> None:
+    said = json.loads((folder / "instances.json").read_text())
+    merged = said | {
+        "categories": [{"id": 1, "name": "object"}],
+        "annotations": [each | {"category_id": 1} for each in said["annotations"]],
+    }
+    (tmp_path / "merged.json").write_text(json.dumps(merged))
+    for split in ("train", "val"):
+        classes, single, expected = (
+            find_objects(
+                config(**{f"{split}_images": folder, f"{split}_annotations": file}, **options), split
+            )
+            for file, options in (
+                (folder / "instances.json", {}),
+                (folder / "instances.json", {"single_class": True}),
+                (tmp_path / "merged.json", {}),
+            )
+        )
+        assert single.categories == expected.categories == ((1, "object"),) != classes.categories
+        assert single.fingerprint == expected.fingerprint != classes.fingerprint
+
+
 def test_splits_are_found_by_the_config(folder: Path, tmp_path: Path) -> None:
     file = folder / "instances.json"
     own = config(train_images=folder, train_annotations=file, val_images=folder, val_annotations=file)
