@@ -13,16 +13,13 @@ from itpn.errors import UserError
 from itpn.nn.depth import LayerDecayConfig
 from itpn.nn.pyramid import ModelConfig, PyramidConfig
 from itpn.tasks.detect import detect
-from tests.detecting import recipe, write_coco
+from tests.detecting import recipe, write_coco, write_splits
 from tests.toys import toy_backbone, toy_detector_config
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("coco")
-    write_coco(root, "train", 8, seed=1)
-    write_coco(root, "val", 5, seed=2)
-    return root
+    return write_splits(tmp_path_factory.mktemp("coco"))
 
 
 def test_annotations_without_masks_train_boxes_alone(images, tmp_path):

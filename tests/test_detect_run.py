@@ -20,7 +20,7 @@ from itpn.objectives.pixel import PixelConfig
 from itpn.show.curves import read_metrics
 from itpn.tasks.detect import detect
 from itpn.weights import files
-from tests.detecting import CATEGORIES, recipe, write_coco
+from tests.detecting import CATEGORIES, recipe, write_splits
 from tests.toys import toy_model, toy_scenes
 
 NUMBERS = {
@@ -32,10 +32,7 @@ NUMBERS = {
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("coco")
-    write_coco(root, "train", 8, seed=1)
-    write_coco(root, "val", 5, seed=2)
-    return root
+    return write_splits(tmp_path_factory.mktemp("coco"))
 
 
 @pytest.fixture(scope="module")

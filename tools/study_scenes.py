@@ -6,8 +6,8 @@ pre-trained weights it starts from. Stages, each of which goes on where it stopp
 pre-trained; MAE on the backbone alone; backbone and pyramid pre-trained together, with the pyramid thrown
 away, or kept; the same with masked feature modeling. Each arm's learning rate is chosen with seed 0 on a
 fifth of the training scenes; everything that is reported is measured on the validation scenes. Detection
-finds objects of any class: in so short a training none learns to tell the 18 classes of the drawings apart,
-and the mean over classes would be 2 % and mostly chance.
+finds objects of any class: to tell the 18 classes of the drawings apart takes longer (2.3 % box AP after 16
+epochs of one run from `pixel`), and arms could not be told apart by it.
 """
 
 import json

@@ -141,7 +141,7 @@ def own_data(*, size: str = "itpn_base", epochs: int = 24) -> Detect:
 
 def demo(*, epochs: int = 8) -> Detect:
     """A nano iTPN with narrow heads on the bundled scenes, for two CPU cores: where things are, not what they
-    are, since none of the 18 classes is learned in so short a time.
+    are, since the 18 classes take longer to learn.
 
     Run: itpn sample-data data/sample and itpn train detect_demo --init PRETRAINED.
     Expect: 12 % box AP and 8 % mask AP (from `pixel-s0` of tools/study_sample.py, in bf16).
