@@ -14,8 +14,10 @@ from itpn.commands.arguments import parse
 from itpn.engine.clock import Clock
 from itpn.engine.distributed import choose_device
 from itpn.engine.numerics import (
+    casting_once,
     ceiling_matrix,
     choose_precision,
+    evaluating,
     product_flops,
     product_seconds,
     set_numerics,
@@ -45,7 +47,8 @@ def run(arguments: list[str]) -> None:
 
 
 def measure(recipe: Classify, options: Bench, console: Console) -> tuple[Figures, float]:
-    """The model and, where it has relative positions, the same without them, in turns with the products.
+    """The model and, where it has relative positions, the same without them, in turns with the products; as
+    evaluations call them.
 
     Also returns what relative positions add, as a share: the median over pairs of passes, one after the
     other, since a shared machine's speed drifts.
@@ -68,24 +71,25 @@ def measure(recipe: Classify, options: Bench, console: Console) -> tuple[Figures
     def seconds(model: Classifier) -> float:
         clock = Clock(device)
         clock.mark("begun")
-        with torch.inference_mode(), torch.autocast(device.type, precision, enabled=precision.itemsize < 4):
+        with evaluating(options.precision, device):
             model(images)
         clock.mark("forward")
         return clock.read()["forward"]
 
-    for _ in range(WARM_UP):
-        seconds(models[0])
-    peak = peak_memory(device)
-    for model in models[1:] * WARM_UP:
-        seconds(model)
-    matrix = ceiling_matrix(device, precision)
-    product_seconds(matrix)
-    products: list[float] = []
-    passes: list[list[float]] = [[] for _ in models]
-    for _ in track(range(options.steps), "timing", console=console, transient=True):
-        products += [product_seconds(matrix) for _ in range(PRODUCTS[device.type])]
-        for model, taken in zip(models, passes, strict=True):
-            taken.append(seconds(model))
+    with casting_once(device):
+        for _ in range(WARM_UP):
+            seconds(models[0])
+        peak = peak_memory(device)
+        for model in models[1:] * WARM_UP:
+            seconds(model)
+        matrix = ceiling_matrix(device, precision)
+        product_seconds(matrix)
+        products: list[float] = []
+        passes: list[list[float]] = [[] for _ in models]
+        for _ in track(range(options.steps), "timing", console=console, transient=True):
+            products += [product_seconds(matrix) for _ in range(PRODUCTS[device.type])]
+            for model, taken in zip(models, passes, strict=True):
+                taken.append(seconds(model))
     parts = [{"step": statistics.median(taken)} for taken in passes]
     pairs = zip(passes[0], passes[-1], strict=True)
     cost = statistics.median(ours / without for ours, without in pairs) - 1

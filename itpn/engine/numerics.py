@@ -5,6 +5,8 @@ import hashlib
 import os
 import statistics
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 import torch
@@ -47,6 +49,20 @@ def set_numerics(device: torch.device, precision: torch.dtype, *, deterministic:
         torch.set_float32_matmul_precision("high")
     if device.type == "cpu":
         keep_freed_memory()
+
+
+@contextmanager
+def evaluating(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Without gradient, in the precision of training."""
+    dtype = choose_precision(precision, device)
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        yield
+
+
+def casting_once(device: torch.device) -> AbstractContextManager[object]:
+    """Around all batches of an evaluation, whose weights do not change: autocast keeps what it has cast of
+    them until its outermost context ends, which is then this one."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def keep_freed_memory() -> None:

@@ -99,10 +99,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
         return attend_biased(q, k, v, bias)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or k.shape[-2] > SHORT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # the product would gather k transposed, slowly
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    weights: Tensor = (scores if bias is None else scores + bias).softmax(-1)
-    return weights @ v
+    B, heads, L, D = q.shape
+    q, k, v = (
+        x.reshape(-1, L, D) for x in (q, k, v)
+    )  # dense: products of strided batches gather them slowly
+    scale, keys = D**-0.5, k.transpose(1, 2)
+    if bias is None:
+        scores = torch.bmm(q * scale, keys)
+    else:
+        scores = torch.baddbmm(bias.expand(B, heads, L, L).reshape(-1, L, L), q, keys, alpha=scale)
+    return torch.bmm(scores.softmax(-1), v).view(B, heads, L, D)
 
 
 def attend_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:

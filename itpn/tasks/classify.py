@@ -16,7 +16,7 @@ from itpn.data.loader import DataConfig, train_loader
 from itpn.data.picture import BadImageError
 from itpn.data.source import Images, hold_out
 from itpn.engine.distributed import World, join_world
-from itpn.engine.numerics import Precision
+from itpn.engine.numerics import Precision, casting_once, evaluating
 from itpn.engine.run import Run
 from itpn.errors import UserError
 from itpn.evaluate.classify import Predictions, Report, predict, report, scores
@@ -29,7 +29,6 @@ from itpn.tasks import finetuning
 from itpn.tasks.common import (
     begins_with,
     config_of,
-    evaluating,
     going_through,
     is_finished,
     left_out,
@@ -174,13 +173,9 @@ def validate(
     progress: str = "",
 ) -> Predictions:
     """Predictions for every validation image, once over all ranks."""
-    return predict(
-        in_precision(logits, recipe.loop.precision, world.device),
-        val,
-        recipe.eval_batch,
-        going_through(recipe, world, on_bad),
-        progress,
-    )
+    forward = in_precision(logits, recipe.loop.precision, world.device)
+    with casting_once(world.device):
+        return predict(forward, val, recipe.eval_batch, going_through(recipe, world, on_bad), progress)
 
 
 def write_report(found: Report, class_names: tuple[str, ...], directory: Path) -> list[Path]:

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
 from itpn.data.loader import Batch, Draw
@@ -16,7 +15,6 @@ from itpn.data.transforms import crop_ratio_of
 from itpn.engine import checkpoint
 from itpn.engine.bad_files import BadFiles
 from itpn.engine.distributed import World
-from itpn.engine.numerics import Precision, choose_precision
 from itpn.engine.run import Run
 from itpn.errors import UserError
 from itpn.evaluate.gather import Pass
@@ -144,14 +142,6 @@ def going_through(recipe: Pretrain | Classify, world: World, on_bad: Callable[[B
         workers=recipe.data.workers,
         on_bad=on_bad,
     )
-
-
-@contextmanager
-def evaluating(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Without gradient, in the precision of training."""
-    dtype = choose_precision(precision, device)
-    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        yield
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from itpn.data.coco import Coco
 from itpn.data.detection import DetectionDataConfig, eval_loader
 from itpn.data.picture import BadImageError
 from itpn.engine.distributed import World
-from itpn.engine.numerics import Precision
+from itpn.engine.numerics import Precision, casting_once, evaluating
 from itpn.evaluate.detect import (
     NO_OBJECTS,
     Kind,
@@ -30,7 +30,6 @@ from itpn.heads.detect import Detector
 from itpn.heads.masks import paste_masks
 from itpn.heads.regions import Detections
 from itpn.show.detect import annotated, comparison_picture, detected
-from itpn.tasks.common import evaluating
 
 NUM_PICTURED, LEAST_SHOWN = 6, 0.5
 """Images in a picture, and the lowest score of a detection in it."""
@@ -64,13 +63,14 @@ def found_in(
         on_bad=on_bad,
         progress=progress,
     )
-    for batch in batches:
-        with evaluating(precision, world.device):
-            found = detector.predict(batch["images"].to(world.device), batch["sizes"])
-        for row, detections in enumerate(found):
-            if batch["readable"][row]:
-                size, original = batch["sizes"][row], batch["original"][row]
-                results += _results(coco, int(batch["index"][row]), detections, size, original)
+    with casting_once(world.device):
+        for batch in batches:
+            with evaluating(precision, world.device):
+                found = detector.predict(batch["images"].to(world.device), batch["sizes"])
+            for row, detections in enumerate(found):
+                if batch["readable"][row]:
+                    size, original = batch["sizes"][row], batch["original"][row]
+                    results += _results(coco, int(batch["index"][row]), detections, size, original)
     return gathered(results, world.gather_json)
 
 

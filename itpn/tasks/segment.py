@@ -16,7 +16,7 @@ from itpn.data.labelled import LabelledImages
 from itpn.data.picture import BadImageError
 from itpn.data.segmentation import SegmentationDataConfig, find_splits, train_crops
 from itpn.engine.distributed import join_world
-from itpn.engine.numerics import Precision
+from itpn.engine.numerics import Precision, casting_once, evaluating
 from itpn.engine.run import Run
 from itpn.evaluate.segment import SegmentationScores, SegmentFn, evaluate_segmentation
 from itpn.heads.segment import Segmenter, SegmentObjective
@@ -26,7 +26,7 @@ from itpn.objectives.pixel import PixelConfig
 from itpn.recipes.segment import Segment
 from itpn.show.segment import comparison_picture
 from itpn.tasks import finetuning
-from itpn.tasks.common import begins_with, config_of, evaluating, is_finished, left_out, open_run
+from itpn.tasks.common import begins_with, config_of, is_finished, left_out, open_run
 from itpn.tasks.finetuning import fine_tune, fine_tuned, introduce
 from itpn.weights import files, loading
 from itpn.weights.files import Weights
@@ -121,15 +121,16 @@ class Evaluation(finetuning.Evaluation):
     def measure(self) -> dict[str, float]:
         self.objective.eval()
         world = self.run.world
-        self.scores = evaluate_segmentation(
-            self.labels,
-            self.val,
-            self.recipe.data,
-            device=world.device,
-            rank=world.rank,
-            world_size=world.size,
-            on_bad=partial(left_out, self.bad),
-        )
+        with casting_once(world.device):
+            self.scores = evaluate_segmentation(
+                self.labels,
+                self.val,
+                self.recipe.data,
+                device=world.device,
+                rank=world.rank,
+                world_size=world.size,
+                on_bad=partial(left_out, self.bad),
+            )
         return self.scores.numbers()
 
     def report(self, directory: Path) -> None:

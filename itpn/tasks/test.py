@@ -14,6 +14,7 @@ from itpn.data.picture import BadImageError
 from itpn.data.segmentation import find_splits
 from itpn.data.source import Images
 from itpn.engine.distributed import World
+from itpn.engine.numerics import casting_once
 from itpn.errors import UserError, printable
 from itpn.evaluate.classify import Predictions, Report, report
 from itpn.evaluate.detect import Result, Scores
@@ -105,16 +106,17 @@ def test_segmenter(
     model = SegmenterModel.from_weights(weights).to(world.device)
     _check_classes(model.classes, val.labelling.class_names, weights, recipe)
     labels = labeller(model, recipe.inference, recipe.loop.precision, world.device)
-    found = evaluate_segmentation(
-        labels,
-        val,
-        recipe.data,
-        device=world.device,
-        rank=world.rank,
-        world_size=world.size,
-        on_bad=on_bad,
-        progress="testing",
-    )
+    with casting_once(world.device):
+        found = evaluate_segmentation(
+            labels,
+            val,
+            recipe.data,
+            device=world.device,
+            rank=world.rank,
+            world_size=world.size,
+            on_bad=on_bad,
+            progress="testing",
+        )
     picture = compared(labels, val, recipe.data, world.device) if world.is_main else None
     return found, picture
 
@@ -138,9 +140,10 @@ def test_features(
 
     features = in_precision(pooled, recipe.loop.precision, world.device)
     through = going_through(recipe, world, on_bad)
-    if protocol == "knn":
-        return knn(features, train, val, KnnConfig(), through)
-    return linear_probe(features, train, val, LinearConfig(), through)
+    with casting_once(world.device):
+        if protocol == "knn":
+            return knn(features, train, val, KnnConfig(), through)
+        return linear_probe(features, train, val, LinearConfig(), through)
 
 
 def lines_of(found: Predictions, val: Images) -> Iterator[str]:

@@ -37,13 +37,17 @@ def test_bf16_attention_is_attention(length, biased):
     torch.testing.assert_close(ours.float(), exact, rtol=0.02, atol=0.02)
 
 
-def test_gradient_of_bf16_attention():
-    inputs = torch.randn(3, 2, 4, 9, 16).bfloat16().requires_grad_()
-    exact = inputs.detach().float().requires_grad_()
+@pytest.mark.parametrize("bias_shape", [None, (4, 9, 9), (2, 4, 9, 9), (2, 1, 9, 9)])
+def test_gradient_of_bf16_attention(bias_shape):
+    inputs = [torch.randn(2, 4, 9, 16) for _ in range(3)]
+    inputs += [] if bias_shape is None else [torch.randn(bias_shape)]
+    ours = [x.bfloat16().requires_grad_() for x in inputs]
+    exact = [x.detach().float().requires_grad_() for x in ours]
     upstream = torch.randn(2, 4, 9, 16).bfloat16()
-    attend(*inputs.unbind()).backward(upstream)
-    F.scaled_dot_product_attention(*exact.unbind()).backward(upstream.float())
-    torch.testing.assert_close(inputs.grad.float(), exact.grad, rtol=0.05, atol=0.05)
+    attend(*ours).backward(upstream)
+    F.scaled_dot_product_attention(*exact).backward(upstream.float())
+    for ours_x, exact_x in zip(ours, exact, strict=True):
+        torch.testing.assert_close(ours_x.grad.float(), exact_x.grad, rtol=0.05, atol=0.05)
 
 
 def test_flex_attention_adds_the_bias(monkeypatch):
