@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import tyro
 from matplotlib.figure import Figure
 from study_sample import SEEDS, difference, run_all, run_stages
@@ -43,6 +42,7 @@ SWEEP_EPOCHS = {"detect": 8, "segment": 5}
 """Half as many tell the rates apart in segmentation, where all arms agree, and do not in detection."""
 MEASURES = {"detect": ("box_AP", "mask_AP"), "segment": ("miou", "pixel_accuracy")}
 """Numbers that are reported; the first one chooses the learning rate."""
+TITLES = {"detect": "box AP", "segment": "mIoU"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,8 @@ class Arguments:
     pretrained: Path = Path("runs/study")
     """What `study_sample.py` left."""
     out: Path = Path("runs/study-scenes")
+    lr: float | None = None
+    """Learning rate of every arm, instead of the best of each one's sweep."""
     processes: int = 2
     """Runs at a time."""
     pictures: Path = Path("docs/pictures")
@@ -125,6 +127,8 @@ def final(task: Task, arm: str, seed: int, given: Arguments) -> Detect | Segment
 
 
 def best_rate(task: Task, arm: str, given: Arguments) -> float:
+    if given.lr is not None:
+        return given.lr
     key = MEASURES[task][0]
     return max(RATES[task], key=lambda lr: measured(fine_tuning(task, arm, 0, lr, given, sweep=True), key))
 
@@ -172,27 +176,30 @@ def minutes(task: Task, given: Arguments) -> float:
 
 
 def draw(task: Task, given: Arguments) -> None:
-    """The first measure on the validation scenes against epochs, and what the last arm's model says."""
+    """The first measure on the validation scenes against epochs and at the end; says where it is, and where
+    what the last arm's model says of some scenes."""
     key = MEASURES[task][0]
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    panel = figure.subplots()
-    for colour, arm in zip(COLOURS[: len(ARMS)], ARMS, strict=True):
-        runs = [directory_of(task, arm, seed, given) for seed in SEEDS]
-        curves = [
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    course, end = figure.subplots(1, 2, sharey=True)
+    for place, (colour, arm) in enumerate(zip(COLOURS[: len(ARMS)], ARMS, strict=True)):
+        runs = [
             {
                 line["epoch"]: 100 * line[key]
-                for line in read_metrics(run / "metrics.jsonl").values()
+                for line in read_metrics(directory_of(task, arm, seed, given) / "metrics.jsonl").values()
                 if key in line
             }
-            for run in runs
+            for seed in SEEDS
         ]
-        epochs = sorted(curves[0])
-        values = np.array([[curve[epoch] for epoch in epochs] for curve in curves])
-        panel.plot(epochs, values.mean(0), color=colour, marker="o", label=arm)
-        panel.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)
-    panel.set(title=f"{key.replace('_', ' ')} in %, mean and range over five seeds", xlabel="epochs")
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False)
+        epochs = sorted(runs[0])
+        means = [statistics.mean(run[epoch] for run in runs) for epoch in epochs]
+        course.plot(epochs, means, color=colour, marker="o", label=arm)
+        end.plot([place] * len(runs), [run[epochs[-1]] for run in runs], "o", color=colour, alpha=0.6)
+        end.hlines(means[-1], place - 0.3, place + 0.3, color=colour, linewidth=2)
+    course.set(title=f"{TITLES[task]} in %, mean over five seeds", xlabel="epochs")
+    course.legend(frameon=False)
+    end.set(title="every seed at the end", xticks=range(len(ARMS)), xticklabels=list(ARMS))
+    for panel in (course, end):
+        panel.spines[["top", "right"]].set_visible(False)
     given.pictures.mkdir(parents=True, exist_ok=True)
     figure.savefig(given.pictures / f"study-{task}.png", dpi=150)
     newest = sorted((directory_of(task, "mfm", 0, given) / "pictures").glob(f"{task}*.png"))
