@@ -2,7 +2,7 @@
 
 `python tools/study_scenes.py [STAGE …] [--tasks detect segment]`, after `tools/study_sample.py`, whose
 pre-trained weights it starts from. Stages, each of which goes on where it stopped: `data`, `sweep`,
-`finetune`, `report`; all of them without a name. The arms are the paper's ablation in small: nothing
+`finetune`, `report`, `maps`; all of them without a name. The arms are the paper's ablation in small: nothing
 pre-trained; MAE on the backbone alone; backbone and pyramid pre-trained together, with the pyramid thrown
 away, or kept; the same with masked feature modeling. Each arm's learning rate is chosen with seed 0 on a
 fifth of the training scenes; everything that is reported is measured on the validation scenes. Detection
@@ -17,11 +17,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 from matplotlib.figure import Figure
+from PIL import Image
 from study_sample import SEEDS, difference, run_all, run_stages
+from torchvision.transforms.functional import pil_to_tensor
 
+import itpn
 from itpn.data.sample_data import write_sample
+from itpn.models import MEAN, STD, FeatureModel
 from itpn.recipes import detect, segment
 from itpn.recipes.detect import Detect
 from itpn.recipes.segment import Segment
@@ -47,7 +52,7 @@ TITLES = {"detect": "box AP", "segment": "mIoU"}
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    stages: Annotated[tuple[str, ...], tyro.conf.Positional] = ("data", "sweep", "finetune", "report")
+    stages: Annotated[tuple[str, ...], tyro.conf.Positional] = ("data", "sweep", "finetune", "report", "maps")
     tasks: tuple[Task, ...] = ("detect", "segment")
     pretrained: Path = Path("runs/study")
     """What `study_sample.py` left."""
@@ -212,11 +217,35 @@ def directory_of(task: Task, arm: str, seed: int, given: Arguments) -> Path:
     return directory
 
 
+def show_maps(given: Arguments) -> None:
+    """How the maps of 16 scenes are scaled, with seed 0: all channels' root mean square, and how many times
+    that of the median channel the largest has."""
+    paths = sorted((given.scenes / "coco" / "val2017").glob("*.jpg"))[:16]
+    scenes = [pil_to_tensor(Image.open(path).convert("RGB").resize((128, 128))) for path in paths]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    images = (torch.stack(scenes) / 255 - mean) / std
+    print("| arm | p4 | p8 | p16 |\n|---|---|---|---|")
+    for arm, (source, pyramid) in ARMS.items():
+        if source in ("pixel", "mfm"):
+            model = itpn.load(given.pretrained / f"{source}-s0" / "pretrained.safetensors")
+            if not pyramid:
+                torch.manual_seed(0)
+                model.pyramid = FeatureModel(model.config).pyramid
+            with torch.inference_mode():
+                maps = model.eval()(images).values()
+            channels = [features.square().mean((0, 2, 3)).sqrt() for features in maps]
+            cells = [
+                f"{rms.square().mean().sqrt():.2f}, {rms.max() / rms.median():.1f} x" for rms in channels
+            ]
+            print(f"| {' | '.join([arm, *cells])} |")
+
+
 STAGES: dict[str, Callable[[Arguments], None]] = {
     "data": write_data,
     "sweep": sweep_all,
     "finetune": finetune_all,
     "report": report,
+    "maps": show_maps,
 }
 
 
