@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 import tyro
@@ -33,7 +33,8 @@ from itpn.recipes.segment import Segment
 from itpn.show.curves import COLOURS, read_metrics
 
 Task = Literal["detect", "segment"]
-ARMS: dict[str, tuple[str | None, bool]] = {
+Arm = Literal["scratch", "mae", "backbone", "pixel", "mfm"]
+ARMS: dict[Arm, tuple[str | None, bool]] = {
     "scratch": (None, False),
     "mae": ("mae", False),
     "backbone": ("pixel", False),
@@ -54,6 +55,7 @@ TITLES = {"detect": "box AP", "segment": "mIoU"}
 class Arguments:
     stages: Annotated[tuple[str, ...], tyro.conf.Positional] = ("data", "sweep", "finetune", "report", "maps")
     tasks: tuple[Task, ...] = ("detect", "segment")
+    arms: tuple[Arm, ...] = get_args(Arm)
     pretrained: Path = Path("runs/study")
     """What `study_sample.py` left."""
     out: Path = Path("runs/study-scenes")
@@ -87,7 +89,7 @@ def write_data(given: Arguments) -> None:
 
 
 def fine_tuning(
-    task: Task, arm: str, seed: int, lr: float, given: Arguments, *, sweep: bool = False
+    task: Task, arm: Arm, seed: int, lr: float, given: Arguments, *, sweep: bool = False
 ) -> Detect | Segment:
     epochs = (SWEEP_EPOCHS if sweep else EPOCHS)[task]
     recipe = detect.demo(epochs=epochs) if task == "detect" else segment.demo(epochs=epochs)
@@ -115,23 +117,23 @@ def fine_tuning(
 def sweep_all(given: Arguments) -> None:
     runs = [
         fine_tuning(task, arm, 0, lr, given, sweep=True)
-        for task in given.tasks for arm in ARMS for lr in RATES[task]
+        for task in given.tasks for arm in given.arms for lr in RATES[task]
     ]  # fmt: skip
     run_all(runs, given.processes)
 
 
 def finetune_all(given: Arguments) -> None:
     run_all(
-        [final(task, arm, seed, given) for seed in SEEDS for task in given.tasks for arm in ARMS],
+        [final(task, arm, seed, given) for seed in SEEDS for task in given.tasks for arm in given.arms],
         given.processes,
     )
 
 
-def final(task: Task, arm: str, seed: int, given: Arguments) -> Detect | Segment:
+def final(task: Task, arm: Arm, seed: int, given: Arguments) -> Detect | Segment:
     return fine_tuning(task, arm, seed, best_rate(task, arm, given), given)
 
 
-def best_rate(task: Task, arm: str, given: Arguments) -> float:
+def best_rate(task: Task, arm: Arm, given: Arguments) -> float:
     if given.lr is not None:
         return given.lr
     key = MEASURES[task][0]
@@ -143,7 +145,7 @@ def measured(recipe: Detect | Segment, key: str) -> float:
     return float(json.loads((recipe.loop.run_dir / "report.json").read_text())[key])
 
 
-COMPARED = ("scratch", "backbone", "pixel")
+COMPARED: tuple[Arm, ...] = ("scratch", "backbone", "pixel")
 """Arms that every other one is measured against."""
 
 
@@ -151,10 +153,11 @@ def report(given: Arguments) -> None:
     """The tables of docs/results.md, and their pictures."""
     for task in given.tasks:
         key, other_key = MEASURES[task]
-        found = {arm: [measured(final(task, arm, seed, given), key) for seed in SEEDS] for arm in ARMS}
-        against = " | ".join(f"against {arm}" for arm in COMPARED)
+        found = {arm: [measured(final(task, arm, seed, given), key) for seed in SEEDS] for arm in given.arms}
+        compared = [arm for arm in COMPARED if arm in given.arms]
+        against = " | ".join(f"against {arm}" for arm in compared)
         print(f"| {task} | learning rate | {key}, seeds 0 to 4 | mean | {against} | {other_key} |")
-        print("|---" * (5 + len(COMPARED)) + "|")
+        print("|---" * (5 + len(compared)) + "|")
         for arm, values in found.items():
             others = [measured(final(task, arm, seed, given), other_key) for seed in SEEDS]
             cells = [
@@ -162,7 +165,7 @@ def report(given: Arguments) -> None:
                 f"{best_rate(task, arm, given):g}",
                 ", ".join(f"{100 * value:.1f}" for value in values),
                 f"{100 * statistics.mean(values):.1f}",
-                *("" if other == arm else difference(values, found[other]) for other in COMPARED),
+                *("" if other == arm else difference(values, found[other]) for other in compared),
                 f"{100 * statistics.mean(others):.1f}",
             ]
             print(f"| {' | '.join(cells)} |")
@@ -173,10 +176,12 @@ def report(given: Arguments) -> None:
 def minutes(task: Task, given: Arguments) -> float:
     """Of a final run, from the median of all runs' speeds."""
     runs = [
-        read_metrics(directory_of(task, arm, seed, given) / "speed.jsonl") for arm in ARMS for seed in SEEDS
+        read_metrics(directory_of(task, arm, seed, given) / "speed.jsonl")
+        for arm in given.arms
+        for seed in SEEDS
     ]
     speeds = [line["images_per_s"] for run in runs for line in run.values()]
-    images = max(runs[0]) * final(task, "scratch", 0, given).loop.batch_size
+    images = max(runs[0]) * final(task, given.arms[0], 0, given).loop.batch_size
     return float(images / statistics.median(speeds) / 60)
 
 
@@ -186,7 +191,7 @@ def draw(task: Task, given: Arguments) -> None:
     key = MEASURES[task][0]
     figure = Figure(figsize=(9, 4), layout="constrained")
     course, end = figure.subplots(1, 2, sharey=True)
-    for place, (colour, arm) in enumerate(zip(COLOURS[: len(ARMS)], ARMS, strict=True)):
+    for place, (colour, arm) in enumerate(zip(COLOURS, given.arms, strict=False)):
         runs = [
             {
                 line["epoch"]: 100 * line[key]
@@ -202,16 +207,16 @@ def draw(task: Task, given: Arguments) -> None:
         end.hlines(means[-1], place - 0.3, place + 0.3, color=colour, linewidth=2)
     course.set(title=f"{TITLES[task]} in %, mean over five seeds", xlabel="epochs")
     course.legend(frameon=False)
-    end.set(title="every seed at the end", xticks=range(len(ARMS)), xticklabels=list(ARMS))
+    end.set(title="every seed at the end", xticks=range(len(given.arms)), xticklabels=given.arms)
     for panel in (course, end):
         panel.spines[["top", "right"]].set_visible(False)
     given.pictures.mkdir(parents=True, exist_ok=True)
     figure.savefig(given.pictures / f"study-{task}.png", dpi=150)
-    newest = sorted((directory_of(task, "mfm", 0, given) / "pictures").glob(f"{task}*.png"))
+    newest = sorted((directory_of(task, given.arms[-1], 0, given) / "pictures").glob(f"{task}*.png"))
     print(given.pictures / f"study-{task}.png", *newest[-1:])
 
 
-def directory_of(task: Task, arm: str, seed: int, given: Arguments) -> Path:
+def directory_of(task: Task, arm: Arm, seed: int, given: Arguments) -> Path:
     directory = final(task, arm, seed, given).loop.run_dir
     assert directory is not None
     return directory
