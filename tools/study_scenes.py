@@ -191,7 +191,8 @@ def draw(task: Task, given: Arguments) -> None:
     key = MEASURES[task][0]
     figure = Figure(figsize=(9, 4), layout="constrained")
     course, end = figure.subplots(1, 2, sharey=True)
-    for place, (colour, arm) in enumerate(zip(COLOURS, given.arms, strict=False)):
+    for place, arm in enumerate(given.arms):
+        colour = COLOURS[list(ARMS).index(arm)]
         runs = [
             {
                 line["epoch"]: 100 * line[key]

@@ -100,9 +100,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or k.shape[-2] > SHORT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     B, heads, L, D = q.shape
-    q, k, v = (
-        x.reshape(-1, L, D) for x in (q, k, v)
-    )  # dense: products of strided batches gather them slowly
+    # Made dense: products of strided batches would gather them slowly.
+    q, k, v = (x.reshape(-1, L, D) for x in (q, k, v))
     scale, keys = D**-0.5, k.transpose(1, 2)
     if bias is None:
         scores = torch.bmm(q * scale, keys)
