@@ -8,23 +8,21 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from itpn.bench.ceiling import Ceiling
 from itpn.bench.figures import Figures, show
-from itpn.bench.steps import BATCH, PRODUCTS, WARM_UP, Options, peak_memory, setting
+from itpn.bench.steps import BATCH, WARM_UP, Options, peak_memory, setting
 from itpn.commands.arguments import parse
 from itpn.engine.clock import Clock
 from itpn.engine.distributed import choose_device
 from itpn.engine.numerics import (
-    casting_once,
-    ceiling_matrix,
     choose_precision,
     evaluating,
-    product_flops,
-    product_seconds,
     set_numerics,
 )
 from itpn.heads.classify import Classifier
 from itpn.heads.finetune import forward_flops
 from itpn.nn.hivit import HiViT
+from itpn.nn.linear import casting_once
 from itpn.recipes.classify import Classify
 from itpn.recipes.lookup import find, load_as
 
@@ -82,14 +80,14 @@ def measure(recipe: Classify, options: Bench, console: Console) -> tuple[Figures
         peak = peak_memory(device)
         for model in models[1:] * WARM_UP:
             seconds(model)
-        matrix = ceiling_matrix(device, precision)
-        product_seconds(matrix)
-        products: list[float] = []
+        ceiling = Ceiling(device, precision)
         passes: list[list[float]] = [[] for _ in models]
         for _ in track(range(options.steps), "timing", console=console, transient=True):
-            products += [product_seconds(matrix) for _ in range(PRODUCTS[device.type])]
+            ceiling.measure()
             for model, taken in zip(models, passes, strict=True):
                 taken.append(seconds(model))
+        ceiling.measure()
+    flops_per_image = forward_flops(models[0], recipe.image_size)
     parts = [{"step": statistics.median(taken)} for taken in passes]
     pairs = zip(passes[0], passes[-1], strict=True)
     cost = statistics.median(ours / without for ours, without in pairs) - 1
@@ -98,8 +96,9 @@ def measure(recipe: Classify, options: Bench, console: Console) -> tuple[Figures
         config=recipe.name,
         device_batch=size,
         image_size=recipe.image_size,
-        flops_per_image=forward_flops(models[0], recipe.image_size),
-        ceiling=product_flops(matrix) / statistics.median(products),
+        flops_per_image=flops_per_image,
+        ceiling=ceiling.median,
+        ratio=ceiling.share(size * flops_per_image, passes[0]),
         parts=parts[0],
         losses=[],
         peak_memory=peak,

@@ -17,19 +17,13 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from itpn.bench.ceiling import Ceiling
 from itpn.bench.figures import Figures, show
 from itpn.bench.parts import Parts
 from itpn.bench.profile import profiled
 from itpn.engine.clock import Clock
 from itpn.engine.distributed import DeviceName, choose_device
-from itpn.engine.numerics import (
-    Precision,
-    ceiling_matrix,
-    choose_precision,
-    product_flops,
-    product_seconds,
-    set_numerics,
-)
+from itpn.engine.numerics import Precision, choose_precision, set_numerics
 from itpn.engine.optim import adamw
 from itpn.engine.step import micro_step
 from itpn.errors import UserError
@@ -43,8 +37,6 @@ from itpn.recipes.segment import Segment
 WARM_UP = 2
 """Steps that are not counted; a compiler and an allocator settle in them."""
 BATCH = {"cpu": 16, "mps": 64, "cuda": 256}
-PRODUCTS = {"cpu": 1, "mps": 10, "cuda": 10}
-"""Products of the ceiling beside each step."""
 R = TypeVar("R", Pretrain, Classify, Detect, Segment)
 
 
@@ -149,7 +141,12 @@ class Runner:
         """Median seconds of each part, and of the whole step."""
         timed = self.seconds[WARM_UP:]
         medians = {name: statistics.median(step[name] for step in timed) for name in timed[0]}
-        return medians | {"step": statistics.median(sum(step.values()) for step in timed)}
+        return medians | {"step": statistics.median(self.steps)}
+
+    @property
+    def steps(self) -> list[float]:
+        """Seconds of each step after the warm-up."""
+        return [sum(step.values()) for step in self.seconds[WARM_UP:]]
 
 
 def recipe_of(kind: type[R], options: StepOptions) -> R:
@@ -218,23 +215,25 @@ def measure(
             runners.append(Runner(subject.baseline(), precision, num_steps))
             for _ in range(WARM_UP):
                 runners[1].step()
-        matrix = ceiling_matrix(device, precision)
-        product_seconds(matrix)
-        products: list[float] = []
+        ceiling = Ceiling(device, precision)
         progress.update(task, description="timing")
         for _ in range(options.steps):
-            products += [product_seconds(matrix) for _ in range(PRODUCTS[device.type])]
+            ceiling.measure()
             for runner in runners:
                 runner.step()
             progress.advance(task)
+        ceiling.measure()
+    flops_per_image = subject.flops_per_image()
+    ratio = ceiling.share(size * flops_per_image, ours.steps)
     parts, *baseline_parts = [runner.parts for runner in runners]  # before a profiled step joins them
     return Figures(
         **setting(options, device, precision),
         config=name,
         device_batch=size,
         image_size=subject.image_size,
-        flops_per_image=subject.flops_per_image(),
-        ceiling=product_flops(matrix) / statistics.median(products),
+        flops_per_image=flops_per_image,
+        ceiling=ceiling.median,
+        ratio=ratio,
         parts=parts,
         losses=ours.losses[:num_steps],
         peak_memory=peak,

@@ -6,7 +6,7 @@ import os
 import statistics
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -57,12 +57,6 @@ def evaluating(precision: Precision, device: torch.device) -> Iterator[None]:
     dtype = choose_precision(precision, device)
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         yield
-
-
-def casting_once(device: torch.device) -> AbstractContextManager[object]:
-    """Around all batches of an evaluation, whose weights do not change: autocast keeps what it has cast of
-    them until its outermost context ends, which is then this one."""
-    return torch.autocast(device.type, enabled=False)
 
 
 def keep_freed_memory() -> None:

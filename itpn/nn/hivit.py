@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from itpn.errors import UserError
 from itpn.nn.layers import GlobalBlock, LocalBlock, Merge, cells_of, init_linears
+from itpn.nn.linear import Linear
 from itpn.nn.positions import Grid, Relative, RelativeMethod, relative_index, resample_table, sincos_table
 from itpn.nn.windows import Windows
 
@@ -219,7 +220,7 @@ class HiViT(nn.Module):
             return GlobalBlock(width, num_heads, ratio, eps, window, scale, rate, decomposed, fast)
 
         cell = config.patch_size // 4
-        self.stem_proj = nn.Linear(cell * cell * config.in_channels, width // 4)
+        self.stem_proj = Linear(cell * cell * config.in_channels, width // 4)
         self.stem_norm = nn.Identity() if fast else nn.LayerNorm(width // 4, eps)
         self.stage1 = nn.ModuleList([local_block(width // 4, rate) for rate in rates1])
         self.merge1 = Merge(width // 4, eps, fast)

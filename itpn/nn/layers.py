@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from itpn.nn.linear import Linear, linear
 from itpn.nn.positions import Grid, Relative, resample_axis, resample_relative
 from itpn.nn.windows import Windows
 
@@ -45,13 +46,15 @@ def cells_of(images: Tensor, patch_size: int, ids: Tensor | None = None) -> Tens
     return images.flatten(1).gather(1, (corner + offset).flatten(1)).view(*ids.shape, 4, 4, Q * Q * c)
 
 
-def drop_path(branch: Tensor, uniform: Tensor | None, rate: float) -> Tensor:
-    """Drop a residual branch where the sample's uniform number ``[B]`` lies below ``rate``; rescale the
-    others."""
-    if uniform is None or rate == 0.0:
-        return branch
-    kept = (uniform >= rate).to(branch.dtype) / (1.0 - rate)
-    return branch * kept.view(-1, *[1] * (branch.ndim - 1))
+def add_branch(x: Tensor, branch: Tensor, uniform: Tensor | None = None, rate: float = 0.0) -> Tensor:
+    """``x`` and a residual branch, which is dropped where the sample's uniform number ``[B]`` lies below
+    ``rate`` (drop path), and rescaled elsewhere."""
+    if uniform is not None and rate:
+        kept = (uniform >= rate).to(branch.dtype) / (1.0 - rate)
+        branch = branch * kept.view(-1, *[1] * (branch.ndim - 1))
+    if x.device.type == "cpu" and x.dtype == torch.float32 != branch.dtype:
+        return branch.float().add_(x)  # a CPU adds two dtypes slowly
+    return x + branch
 
 
 class Mlp(nn.Module):
@@ -60,12 +63,12 @@ class Mlp(nn.Module):
     def __init__(self, width: int, ratio: float, norm_eps: float | None = None) -> None:
         super().__init__()
         hidden = int(width * ratio)
-        self.fc1 = nn.Linear(width, hidden)
+        self.fc1 = Linear(width, hidden)
         self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(hidden, norm_eps)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc2(self.norm(F.gelu(self.fc1(x))))
+        x = self.fc2(self.norm(self.fc1(x, F.gelu)))
         return x
 
 
@@ -75,13 +78,13 @@ class SwiGlu(nn.Module):
     def __init__(self, width: int, ratio: float, norm_eps: float) -> None:
         super().__init__()
         hidden = int(width * ratio)
-        self.gate = nn.Linear(width, hidden)
-        self.fc1 = nn.Linear(width, hidden)
+        self.gate = Linear(width, hidden)
+        self.fc1 = Linear(width, hidden)
         self.norm = nn.LayerNorm(hidden, norm_eps)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc2(self.norm(F.silu(self.gate(x)) * self.fc1(x)))
+        x = self.fc2(self.norm(self.gate(x, F.silu) * self.fc1(x)))
         return x
 
 
@@ -97,16 +100,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     """
     if bias is not None and bias.ndim == 3 and _compiles_for_gpu(q):
         return attend_biased(q, k, v, bias)
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or k.shape[-2] > SHORT:
+    if not _holds_scores(k):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     B, heads, L, D = q.shape
-    # Made dense: products of strided batches would gather them slowly.
-    q, k, v = (x.reshape(-1, L, D) for x in (q, k, v))
+    q, k, v = (x.reshape(-1, L, D) for x in (q, k, v))  # products gather strided batches slowly
     scale, keys = D**-0.5, k.transpose(1, 2)
     if bias is None:
         scores = torch.bmm(q * scale, keys)
     else:
-        scores = torch.baddbmm(bias.expand(B, heads, L, L).reshape(-1, L, L), q, keys, alpha=scale)
+        scores = bias.expand(B, heads, L, L).clone(memory_format=torch.contiguous_format).view(-1, L, L)
+        scores.baddbmm_(q, keys, alpha=scale)
     return torch.bmm(scores.softmax(-1), v).view(B, heads, L, D)
 
 
@@ -121,6 +124,10 @@ def attend_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     out = flex_attention(q, k, v, score_mod=biased)
     assert isinstance(out, Tensor)
     return out
+
+
+def _holds_scores(keys: Tensor) -> bool:
+    return keys.device.type == "cpu" and keys.dtype == torch.bfloat16 and keys.shape[-2] <= SHORT
 
 
 def _compiles_for_gpu(x: Tensor) -> bool:
@@ -149,10 +156,10 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads, self.window, self.decomposed = num_heads, window, decomposed
-        self.qkv = nn.Linear(width, 3 * width, bias=key_bias)
+        self.qkv = Linear(width, 3 * width, bias=key_bias)
         self.q_bias = None if key_bias else nn.Parameter(torch.zeros(width))
         self.v_bias = None if key_bias else nn.Parameter(torch.zeros(width))
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
         if window is not None and decomposed:
             self.relative_position_rows = nn.Parameter(torch.zeros(2 * window[0] - 1, width // num_heads))
             self.relative_position_cols = nn.Parameter(torch.zeros(2 * window[1] - 1, width // num_heads))
@@ -169,8 +176,9 @@ class Attention(nn.Module):
         bias: Tensor | None = self.qkv.bias
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias)
-        q, k, v = qkv.view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = linear(x, self.qkv.weight, bias)
+        qkv = qkv.view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.contiguous() if _holds_scores(qkv) else qkv
         added = self.bias(relative, q)
         if windows is not None and windows.filled is not None:
             filled = windows.filled.to(q.dtype).repeat(B // len(windows.filled), 1, 1, 1)
@@ -234,7 +242,7 @@ class LocalBlock(nn.Module):
     def forward(self, x: Tensor, uniform: Tensor | None = None) -> Tensor:
         """``uniform [B, 1]``: the samples' numbers for drop path."""
         uniforms = (None,) if uniform is None else uniform.unbind(1)
-        return x + drop_path(self.scale(self.mlp(self.norm(x))), uniforms[0], self.drop)
+        return add_branch(x, self.scale(self.mlp(self.norm(x))), uniforms[0], self.drop)
 
 
 class GlobalBlock(nn.Module):
@@ -277,8 +285,8 @@ class GlobalBlock(nn.Module):
     ) -> Tensor:
         """``uniform [B, 2]``: the samples' numbers for drop path, attention branch first."""
         first, second = (None, None) if uniform is None else uniform.unbind(1)
-        x = x + drop_path(self.scale1(self.attn(self.norm1(x), relative, windows)), first, self.drop)
-        return x + drop_path(self.scale2(self.mlp(self.norm2(x))), second, self.drop)
+        x = add_branch(x, self.scale1(self.attn(self.norm1(x), relative, windows)), first, self.drop)
+        return add_branch(x, self.scale2(self.mlp(self.norm2(x))), second, self.drop)
 
 
 class Merge(nn.Module):
@@ -293,7 +301,7 @@ class Merge(nn.Module):
         super().__init__()
         self.fast = fast
         self.norm = nn.LayerNorm(width if fast else 4 * width, norm_eps)
-        self.reduce = nn.Linear(4 * width, 2 * width, bias=fast)
+        self.reduce = Linear(4 * width, 2 * width, bias=fast)
 
     def forward(self, x: Tensor) -> Tensor:
         x = gather_2x2(self.norm(x)) if self.fast else self.norm(gather_2x2(x))
@@ -317,7 +325,7 @@ class Split(nn.Module):
     def __init__(self, width: int, out: int, norm_eps: float, bias: bool = False) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, norm_eps)
-        self.expand = nn.Linear(width, 4 * out, bias=False)
+        self.expand = Linear(width, 4 * out, bias=False)
         self.bias = nn.Parameter(torch.zeros(out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:

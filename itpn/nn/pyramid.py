@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from itpn.errors import UserError
 from itpn.nn.hivit import LARGEST, Features, HiViT, HiViTConfig, Layers
 from itpn.nn.layers import LocalBlock, Split, init_linears, to_map
+from itpn.nn.linear import Linear
 from itpn.nn.positions import Grid
 
 
@@ -59,12 +60,12 @@ class Pyramid(nn.Module):
 
         self.config = config
         self.norm = nn.LayerNorm(C, eps) if fast else nn.Identity()
-        self.align = nn.Linear(C, width) if width != C else nn.Identity()
+        self.align = Linear(C, width) if width != C else nn.Identity()
         self.split8 = Split(C, width, eps, bias=fast)
-        self.lateral8 = nn.Linear(C // 2, width, bias=fast)
+        self.lateral8 = Linear(C // 2, width, bias=fast)
         self.blocks8 = nn.Sequential(*[block() for _ in range(config.depth)])
         self.split4 = Split(width, width, eps, bias=fast)
-        self.lateral4 = nn.Linear(C // 4, width, bias=fast)
+        self.lateral4 = Linear(C // 4, width, bias=fast)
         self.blocks4 = nn.Sequential(*[block() for _ in range(config.depth)])
         self.out4, self.out8, self.out16 = block(), block(), block()
         init_linears(self, config.init)

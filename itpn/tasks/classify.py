@@ -16,11 +16,12 @@ from itpn.data.loader import DataConfig, train_loader
 from itpn.data.picture import BadImageError
 from itpn.data.source import Images, hold_out
 from itpn.engine.distributed import World, join_world
-from itpn.engine.numerics import Precision, casting_once, evaluating
+from itpn.engine.numerics import Precision, evaluating
 from itpn.engine.run import Run
 from itpn.errors import UserError
 from itpn.evaluate.classify import Predictions, Report, predict, report, scores
 from itpn.heads.finetune import ClassifyObjective
+from itpn.nn.linear import casting_once
 from itpn.nn.pyramid import ModelConfig
 from itpn.objectives.pixel import PixelConfig
 from itpn.recipes.classify import Classify

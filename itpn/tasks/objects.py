@@ -15,7 +15,7 @@ from itpn.data.coco import Coco
 from itpn.data.detection import DetectionDataConfig, eval_loader
 from itpn.data.picture import BadImageError
 from itpn.engine.distributed import World
-from itpn.engine.numerics import Precision, casting_once, evaluating
+from itpn.engine.numerics import Precision, evaluating
 from itpn.evaluate.detect import (
     NO_OBJECTS,
     Kind,
@@ -29,6 +29,7 @@ from itpn.evaluate.detect import (
 from itpn.heads.detect import Detector
 from itpn.heads.masks import paste_masks
 from itpn.heads.regions import Detections
+from itpn.nn.linear import casting_once
 from itpn.show.detect import annotated, comparison_picture, detected
 
 NUM_PICTURED, LEAST_SHOWN = 6, 0.5

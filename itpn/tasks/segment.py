@@ -16,11 +16,12 @@ from itpn.data.labelled import LabelledImages
 from itpn.data.picture import BadImageError
 from itpn.data.segmentation import SegmentationDataConfig, find_splits, train_crops
 from itpn.engine.distributed import join_world
-from itpn.engine.numerics import Precision, casting_once, evaluating
+from itpn.engine.numerics import Precision, evaluating
 from itpn.engine.run import Run
 from itpn.evaluate.segment import SegmentationScores, SegmentFn, evaluate_segmentation
 from itpn.heads.segment import Segmenter, SegmentObjective
 from itpn.heads.windows import InferenceConfig
+from itpn.nn.linear import casting_once
 from itpn.nn.pyramid import ModelConfig
 from itpn.objectives.pixel import PixelConfig
 from itpn.recipes.segment import Segment

@@ -14,7 +14,6 @@ from itpn.data.picture import BadImageError
 from itpn.data.segmentation import find_splits
 from itpn.data.source import Images
 from itpn.engine.distributed import World
-from itpn.engine.numerics import casting_once
 from itpn.errors import UserError, printable
 from itpn.evaluate.classify import Predictions, Report, report
 from itpn.evaluate.detect import Result, Scores
@@ -22,6 +21,7 @@ from itpn.evaluate.knn import KnnConfig, knn
 from itpn.evaluate.linear import LinearConfig, linear_probe
 from itpn.evaluate.segment import SegmentationScores, evaluate_segmentation
 from itpn.models import ClassifierModel, DetectorModel, FeatureModel, SegmenterModel
+from itpn.nn.linear import casting_once
 from itpn.nn.normalise import Normalise
 from itpn.recipes.classify import Classify
 from itpn.recipes.detect import Detect

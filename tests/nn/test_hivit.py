@@ -9,7 +9,7 @@ from torch import nn
 
 from itpn.errors import UserError
 from itpn.nn.hivit import SIZES, HiViT, HiViTConfig
-from itpn.nn.layers import Attention, Merge, Split, drop_path, to_map, units_of
+from itpn.nn.layers import Attention, Merge, Split, add_branch, to_map, units_of
 from itpn.nn.positions import Relative, relative_index
 from tests.toys import toy_backbone
 
@@ -132,8 +132,8 @@ def test_taps_are_block_outputs():
 
 def test_drop_path_follows_the_given_numbers():
     branch = torch.ones(4, 2, 3)
-    kept = drop_path(branch, torch.tensor([0.1, 0.5, 0.25, 0.9]), 0.25)
-    assert kept[:, 0, 0].tolist() == pytest.approx([0, 4 / 3, 4 / 3, 4 / 3])
+    added = add_branch(2 * branch, branch, torch.tensor([0.1, 0.5, 0.25, 0.9]), 0.25)
+    assert added[:, 0, 0].tolist() == pytest.approx([2, 10 / 3, 10 / 3, 10 / 3])
     model, x = build(drop_path=0.5).train(), images()
     always, never = torch.ones(2, model.num_drops), torch.zeros(2, model.num_drops)
     assert model.num_drops == 1 + 1 + 2 * 2

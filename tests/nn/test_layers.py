@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from itpn.nn.layers import SHORT, attend, attend_biased, cells_of, units_of
+from itpn.nn.layers import SHORT, add_branch, attend, attend_biased, cells_of, units_of
 
 
 @pytest.mark.parametrize("patch_size", [8, 16])
@@ -48,6 +48,18 @@ def test_gradient_of_bf16_attention(bias_shape):
     F.scaled_dot_product_attention(*exact).backward(upstream.float())
     for ours_x, exact_x in zip(ours, exact, strict=True):
         torch.testing.assert_close(ours_x.grad.float(), exact_x.grad, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("branch_dtype", [torch.float32, torch.bfloat16])
+def test_adding_a_branch_is_a_sum(x_dtype, branch_dtype):
+    x = torch.randn(2, 3, 4).to(x_dtype).requires_grad_()
+    branch = torch.randn(2, 3, 4).to(branch_dtype).requires_grad_()
+    results = []
+    for added in (add_branch(x, branch), x + branch):
+        results.append([added, *torch.autograd.grad((added * added).sum(), (x, branch))])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
 def test_flex_attention_adds_the_bias(monkeypatch):
