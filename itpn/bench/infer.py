@@ -14,11 +14,7 @@ from itpn.bench.steps import BATCH, WARM_UP, Options, peak_memory, setting
 from itpn.commands.arguments import parse
 from itpn.engine.clock import Clock
 from itpn.engine.distributed import choose_device
-from itpn.engine.numerics import (
-    choose_precision,
-    evaluating,
-    set_numerics,
-)
+from itpn.engine.numerics import choose_precision, evaluating, set_numerics
 from itpn.heads.classify import Classifier
 from itpn.heads.finetune import forward_flops
 from itpn.nn.hivit import HiViT
