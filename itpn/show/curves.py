@@ -37,9 +37,12 @@ class Quantity:
 
 
 USUAL = {
-    "loss": Quantity(title="training loss", axis="loss"),
+    "loss": Quantity(title="loss, training", axis="loss"),
     "pixel": Quantity(title="pixel loss", axis="mean square error"),
     "feature": Quantity(title="feature loss", axis="smooth L1, mean over stages"),
+    "accuracy": Quantity(title="accuracy, training", axis="accuracy in %", scale=100),
+    "val_top1": Quantity(title="top-1, validation", axis="accuracy in %", scale=100, noisy=False),
+    "val_loss": Quantity(title="loss, validation", axis="loss", noisy=False),
     "lr": Quantity(title="learning rate", axis="learning rate", noisy=False),
     "box_AP": Quantity(title="box AP, validation", axis="AP in %", scale=100, noisy=False),
     "mask_AP": Quantity(title="mask AP, validation", axis="AP in %", scale=100, noisy=False),
@@ -60,7 +63,7 @@ def loss_curves(
     Args:
         runs: name -> metrics files. Those of one name (seeds) share a colour and differ in their line style.
         out: picture to write; its ending chooses the format.
-        keys: what to draw; by default loss, its parts, learning rate and k-NN accuracy, where logged.
+        keys: what to draw; by default all of ``USUAL`` that was logged.
         against: key on the horizontal axis; where a line lacks it, it is interpolated from the lines around.
 
     Raises:
