@@ -10,7 +10,7 @@ from rich.progress import track
 
 from itpn.bench.ceiling import Ceiling
 from itpn.bench.figures import Figures, show
-from itpn.bench.steps import BATCH, WARM_UP, Options, peak_memory, setting
+from itpn.bench.steps import BATCH, WARM_UP, Options, peak_memory, setting, speedup_of
 from itpn.commands.arguments import parse
 from itpn.engine.clock import Clock
 from itpn.engine.distributed import choose_device
@@ -32,21 +32,19 @@ def run(arguments: list[str]) -> None:
     options = parse(Bench, arguments, "itpn bench infer")
     recipe = load_as(Classify, find(options.name))
     console = Console(highlight=False, soft_wrap=True)
-    figures, cost = measure(recipe, options, console)
+    figures = measure(recipe, options, console)
     show(figures, console)
-    if figures.baseline_parts:
-        console.print(f"relative positions add {cost:.1%} to the time of the same model without them")
+    if figures.speedup:
+        console.print(
+            f"relative positions add {1 / figures.speedup - 1:.1%} to the time of the same model without them"
+        )
     if options.json:
         options.json.write_text(json.dumps(figures.as_dict(), indent=2) + "\n")
 
 
-def measure(recipe: Classify, options: Bench, console: Console) -> tuple[Figures, float]:
+def measure(recipe: Classify, options: Bench, console: Console) -> Figures:
     """The model and, where it has relative positions, the same without them, in turns with the products; as
-    evaluations call them.
-
-    Also returns what relative positions add, as a share: the median over pairs of passes, one after the
-    other, since a shared machine's speed drifts.
-    """
+    evaluations call them."""
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
     size = options.device_batch or BATCH[device.type]
@@ -78,16 +76,16 @@ def measure(recipe: Classify, options: Bench, console: Console) -> tuple[Figures
             seconds(model)
         ceiling = Ceiling(device, precision)
         passes: list[list[float]] = [[] for _ in models]
+        turn = list(zip(models, passes, strict=True))
         for _ in track(range(options.steps), "timing", console=console, transient=True):
             ceiling.measure()
-            for model, taken in zip(models, passes, strict=True):
+            for model, taken in turn:
                 taken.append(seconds(model))
+            turn.reverse()  # being first must be nobody's advantage
         ceiling.measure()
     flops_per_image = forward_flops(models[0], recipe.image_size)
     parts = [{"step": statistics.median(taken)} for taken in passes]
-    pairs = zip(passes[0], passes[-1], strict=True)
-    cost = statistics.median(ours / without for ours, without in pairs) - 1
-    figures = Figures(
+    return Figures(
         **setting(options, device, precision),
         config=recipe.name,
         device_batch=size,
@@ -101,9 +99,9 @@ def measure(recipe: Classify, options: Bench, console: Console) -> tuple[Figures
         baseline_parts=parts[1] if len(parts) > 1 else None,
         baseline="without relative positions",
         baseline_losses=None,
+        speedup=speedup_of(*passes) if len(passes) > 1 else None,
         kinds=None,
     )
-    return figures, cost
 
 
 def build(recipe: Classify, device: torch.device) -> Classifier:

@@ -202,8 +202,7 @@ def measure(
             block.compile()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    ours = Runner(subject, precision, num_steps)
-    runners = [ours]
+    ours, baseline = Runner(subject, precision, num_steps), None
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("warming up", total=num_steps)
         for _ in range(WARM_UP):
@@ -212,20 +211,24 @@ def measure(
         peak = peak_memory(device)
         if subject.baseline:
             torch.manual_seed(0)
-            runners.append(Runner(subject.baseline(), precision, num_steps))
+            baseline = Runner(subject.baseline(), precision, num_steps)
             for _ in range(WARM_UP):
-                runners[1].step()
+                baseline.step()
+        turn = [ours, baseline] if baseline else [ours]
         ceiling = Ceiling(device, precision)
         progress.update(task, description="timing")
         for _ in range(options.steps):
             ceiling.measure()
-            for runner in runners:
+            for runner in turn:
                 runner.step()
+            turn.reverse()  # being first must be nobody's advantage
             progress.advance(task)
         ceiling.measure()
     flops_per_image = subject.flops_per_image()
+    # All this before a profiled step joins the others.
     ratio = ceiling.share(size * flops_per_image, ours.steps)
-    parts, *baseline_parts = [runner.parts for runner in runners]  # before a profiled step joins them
+    speedup = speedup_of(ours.steps, baseline.steps) if baseline else None
+    parts = ours.parts
     return Figures(
         **setting(options, device, precision),
         config=name,
@@ -237,12 +240,18 @@ def measure(
         parts=parts,
         losses=ours.losses[:num_steps],
         peak_memory=peak,
-        baseline_parts=baseline_parts[0] if subject.baseline else None,
-        baseline_losses=runners[1].losses if subject.baseline else None,
+        baseline_parts=baseline.parts if baseline else None,
+        baseline_losses=baseline.losses if baseline else None,
+        speedup=speedup,
         baseline=subject.differs,
         kinds=profiled(ours.step, device) if options.profile else None,
         notes=subject.notes(),
     )
+
+
+def speedup_of(ours: Sequence[float], baseline: Sequence[float]) -> float:
+    """See `Figures.speedup`."""
+    return statistics.median(theirs / own for own, theirs in zip(ours, baseline, strict=True))
 
 
 def setting(options: Options, device: torch.device, precision: torch.dtype) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from itpn.bench.parts import Parts
+from itpn.bench.steps import speedup_of
 from itpn.engine.clock import Clock
 
 
@@ -80,3 +81,8 @@ def test_the_backward_pass_is_cut_where_it_comes_to_a_module():
         model.zero_grad()
         model(torch.ones(2, 4)).sum().backward()
     assert has_gradient == [[False, True]] * 2
+
+
+def test_a_baseline_is_compared_pair_by_pair():
+    assert speedup_of([1.0, 4.0, 9.0], [2.0, 8.0, 9.0]) == 2
+    assert speedup_of([1.0, 4.0], [2.0, 4.0]) == 1.5
