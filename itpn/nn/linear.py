@@ -65,7 +65,8 @@ def _fuses(x: Tensor) -> bool:
     if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
         return False
     cast = torch.is_autocast_enabled("cpu") and x.dtype == torch.float32
-    return (torch.get_autocast_dtype("cpu") if cast else x.dtype) == torch.bfloat16 and _has_onednn()
+    bf16 = (torch.get_autocast_dtype("cpu") if cast else x.dtype) == torch.bfloat16
+    return bf16 and _has_onednn() and bool(torch.backends.mkldnn.enabled)
 
 
 @cache

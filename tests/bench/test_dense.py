@@ -85,7 +85,7 @@ def test_figures_of_a_detector(tmp_path, capsys, cascade):
     assert parts.pop("step") == pytest.approx(sum(parts.values()))  # one step: medians are its own times
     assert figures["image_size"] == [96, 128]
     assert figures["flops"] == figures["flops_per_image"] * figures["images_per_s"]
-    assert 0 < figures["ratio"] < 1
+    assert figures["ratio"] == pytest.approx(figures["flops"] / figures["ceiling"])  # of one step
     assert {"matmul", "RoIAlign, NMS"} <= figures["kinds"].keys()
     shown = capsys.readouterr().out
     assert "2 images of 96 x 128" in shown and "of the ceiling" in shown

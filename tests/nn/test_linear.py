@@ -101,6 +101,14 @@ def test_one_call_is_made_in_bf16_alone(precision):
     assert (torch.ops.aten.gelu.default in calls.calls) == (precision == "fp32")
 
 
+@has_onednn
+def test_none_is_made_where_onednn_is_switched_off():
+    layer, x = Linear(8, 8), torch.randn(2, 8)
+    with torch.backends.mkldnn.flags(enabled=False), Calls() as calls, evaluating("bf16", CPU):
+        layer(x)
+    assert torch.ops.mkldnn._linear_pointwise.default not in calls.calls
+
+
 def test_gradients_are_those_of_the_parts():
     layer, x = Linear(8, 5), torch.randn(3, 8, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
