@@ -168,6 +168,7 @@ def card(config: dict[str, Any], parameters: int, license: str, source: dict[str
     if source:
         rows["converted from"] = f"{source['file']} ({source['family']}), sha256 {source['sha256']}"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    # The text of a model card: it tells whoever downloads the folder that loading it runs no code.
     return f"""---
 {data.to_yaml()}
 ---
