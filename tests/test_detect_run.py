@@ -70,7 +70,7 @@ def test_what_a_run_leaves(run):
         "detections-0002.png",
     }
     report = json.loads((run / "report.json").read_text())
-    assert report.keys() == NUMBERS | {"images", "classes"}
+    assert report.keys() == NUMBERS | {"images", "warnings", "classes"}
     assert (report["images"], report["box_AP"]) == (5, metrics[4]["box_AP"])
     assert [(row["id"], row["name"]) for row in report["classes"]] == [(3, "red"), (5, "green"), (9, "blue")]
     assert all(row.keys() == NUMBERS | {"id", "name"} for row in report["classes"])

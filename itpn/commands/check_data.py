@@ -17,14 +17,14 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from itpn.commands.arguments import parse
 from itpn.data.check import Tally
-from itpn.data.check_labels import LabelTally
+from itpn.data.check_labels import LabelTally, tally_of
 from itpn.data.check_labels import summary as label_summary
 from itpn.data.check_objects import described
 from itpn.data.check_objects import summary as objects_summary
 from itpn.data.coco import Coco, Finding
 from itpn.data.coco_file import find_coco, read_coco
 from itpn.data.images import Split, find_images, split_folder
-from itpn.data.labelled import IGNORED, NAMES, LabelledImages
+from itpn.data.labelled import IGNORED, NAMES
 from itpn.data.labels import MAX_CLASSES
 from itpn.data.loader import DataConfig, default_workers
 from itpn.data.segmentation import SegmentationDataConfig, find_labelled, has_split
@@ -37,7 +37,7 @@ class CheckData:
     """Decode every image of a data set, check its labels or annotations, name what cannot be used, and sum up
     the rest.
 
-    The exit status is 0 if all can be used, else 1.
+    The exit status is 0 if all can be used and nothing is odd, else 1.
     """
 
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -87,7 +87,10 @@ def run(arguments: list[str]) -> None:
         print("\n".join([f"{split}:", *(f"  {line}" for line in summary(tally, options.image_size))]))
     if len(tallies) == 2:
         print(shared(*tallies.values()))
-    if any(tally.bad or tally.unpaired or _left_out(tally.images) for tally in tallies.values()):
+    warnings = [f"{split}: {line}" for split, tally in tallies.items() for line in tally.warnings()]
+    for warning in warnings:
+        print(f"warning: {printable(warning)}")
+    if warnings or any(tally.bad or tally.unpaired or _left_out(tally.images) for tally in tallies.values()):
         raise SystemExit(1)
 
 
@@ -110,10 +113,6 @@ def coco_of(options: CheckData) -> dict[str, Images]:
     has_val = (options.directory / "val2017").is_dir()
     splits: tuple[Split, ...] = ("train", "val") if has_val else ("train",)
     return {split: find_coco(options.directory, split) for split in splits}
-
-
-def tally_of(images: Images) -> Tally:
-    return LabelTally(images) if isinstance(images, LabelledImages) else Tally(images)
 
 
 def labelled(options: CheckData) -> SegmentationDataConfig:

@@ -1,6 +1,6 @@
 """`itpn test CONFIG [CHECKPOINT] [--protocol …]`: how good weights are, on a config's validation images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,9 +12,11 @@ from rich.table import Table
 
 from itpn import hub
 from itpn.commands.arguments import parse
+from itpn.data.check_labels import warnings_of
 from itpn.data.classes import readable
 from itpn.data.coco import Coco
 from itpn.data.picture import BadImageError
+from itpn.data.source import Images
 from itpn.engine.distributed import World, join_world
 from itpn.errors import UserError, printable
 from itpn.evaluate.classify import Report
@@ -109,20 +111,31 @@ def run(arguments: list[str]) -> None:
         def on_bad(error: BadImageError) -> None:
             console.print(f"unreadable: {printable(error.path)}: {printable(error.reason)}")
 
+        def warned(images: Images) -> list[str]:
+            warnings = warnings_of(images) if world.is_main else []
+            for warning in warnings:
+                console.print(f"warning: {printable(warning)}")
+            return warnings
+
         match options:
             case TestDetect(save_predictions=path):
                 precision, results, coco = test_detector(options.recipe, weights, world, on_bad)
                 console.print(detection_table(precision))
-                _write(world, console, lambda: _write_detection(precision, results, coco, options.out, path))
+                odd = warned(coco)
+                _write(
+                    world, console, lambda: _write_detection(precision, results, coco, options.out, path, odd)
+                )
             case TestSegment():
-                scores, picture = test_segmenter(options.recipe, weights, world, on_bad)
+                scores, picture, images = test_segmenter(options.recipe, weights, world, on_bad)
                 console.print(table(scores))
-                _write(world, console, lambda: _write_segmentation(scores, picture, options.out))
+                odd = warned(images)
+                _write(world, console, lambda: _write_segmentation(scores, picture, options.out, odd))
             case TestClassify(protocol="finetuned"):
                 found, predictions, val = test_classifier(options.recipe, weights, world, on_bad)
                 names = val.class_names or ()
                 console.print(table_of(found, readable(names)))
-                _write(world, console, lambda: write_report(found, names, options.out))
+                odd = warned(val)
+                _write(world, console, lambda: write_report(found, names, options.out, odd))
                 if path := options.save_predictions:
                     text = "".join(f"{line}\n" for line in lines_of(predictions, val))
                     _write(world, console, lambda: [path] if path.write_text(text) else [])
@@ -154,9 +167,14 @@ def options_of(name: str, overrides: list[str]) -> TestClassify | TestDetect | T
 
 
 def _write_detection(
-    scores: list[Scores], results: list[Result], coco: Coco, out: Path, predictions: Path | None
+    scores: list[Scores],
+    results: list[Result],
+    coco: Coco,
+    out: Path,
+    predictions: Path | None,
+    warnings: Sequence[str],
 ) -> list[Path]:
-    written = [objects.write_report(coco, scores, out)]
+    written = [objects.write_report(coco, scores, out, warnings)]
     if (picture := objects.compared(objects.pictured(coco), results)) is not None:
         written.append(out / "pictures" / "detections.png")
         written[-1].parent.mkdir(parents=True, exist_ok=True)
@@ -167,8 +185,10 @@ def _write_detection(
     return written
 
 
-def _write_segmentation(scores: SegmentationScores, picture: Image | None, out: Path) -> list[Path]:
-    written = [write_segmentation_report(scores, out)]
+def _write_segmentation(
+    scores: SegmentationScores, picture: Image | None, out: Path, warnings: Sequence[str]
+) -> list[Path]:
+    written = [write_segmentation_report(scores, out, warnings)]
     if picture is not None:
         path = out / "pictures" / "segmentation.png"
         path.parent.mkdir(parents=True, exist_ok=True)

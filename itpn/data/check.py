@@ -50,6 +50,10 @@ class Size(NamedTuple):
         return f"{self.width:,} x {self.height:,}"
 
 
+NUM_SAMPLED = 64
+"""How many images are looked at before training."""
+
+
 class Tally:
     """What is known of the images of one split so far."""
 
@@ -61,6 +65,8 @@ class Tally:
         """Why an image cannot be read, by index."""
         self.formats: Counter[str] = Counter()
         self.traits: Counter[str] = Counter()
+        self.look: Callable[[int], Look | str] = partial(look, images)
+        """From an image's index to what it is like, or why it cannot be used. Picklable."""
         self._sizes, self._digests = array("I"), array("Q")
 
     def add(self, index: int, found: Look | str) -> None:
@@ -74,7 +80,11 @@ class Tally:
 
     def check(self, num_workers: int) -> Iterator[tuple[int, Look | str]]:
         """Looks at every image; the results are for `add`."""
-        return look_at_all(partial(look, self.images), len(self.images), num_workers)
+        return look_at_all(self.look, len(self.images), num_workers)
+
+    def warnings(self) -> Iterator[str]:
+        """What would go wrong without a word, a line each: the cause, numbers, an example and a cure."""
+        yield from self.images.notes
 
     @property
     def num_read(self) -> int:
@@ -103,6 +113,14 @@ class Tally:
 
     def _all_sizes(self) -> NDArray[np.int64]:
         return np.array(self._sizes, np.int64).reshape(-1, 2)
+
+
+def sampled(tally: Tally) -> Tally:
+    """Fills a tally from a few images, spread evenly over the data set."""
+    num_images = len(tally.images)
+    for index in torch.linspace(0, num_images - 1, min(NUM_SAMPLED, num_images)).long().tolist():
+        tally.add(index, tally.look(index))
+    return tally
 
 
 def look_at_all(

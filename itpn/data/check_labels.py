@@ -5,10 +5,11 @@ from functools import partial
 
 import numpy as np
 
-from itpn.data.check import LabelLook, Look, Tally, look, look_at_all
+from itpn.data.check import LabelLook, Look, Tally, look, sampled
 from itpn.data.labelled import LabelledImages
 from itpn.data.labels import MAX_CLASSES, read_labels
 from itpn.data.picture import BadImageError
+from itpn.data.source import Images
 from itpn.errors import printable
 
 
@@ -24,7 +25,7 @@ class LabelTally(Tally):
         """Pixels of each class."""
         self.occurrences = np.zeros_like(self.pixels)
         """Images that each class occurs in."""
-        self._look = partial(look_at_pair, images)
+        self.look = partial(look_at_pair, images)
 
     def add(self, index: int, found: Look | str) -> None:
         super().add(index, found)
@@ -33,8 +34,15 @@ class LabelTally(Tally):
             self.pixels[found.labels.classes] += found.labels.pixels
             self.occurrences[found.labels.classes] += 1
 
-    def check(self, num_workers: int) -> Iterator[tuple[int, Look | str]]:
-        return look_at_all(self._look, len(self.images), num_workers)
+
+def tally_of(images: Images) -> Tally:
+    """An empty tally of the kind that the images need."""
+    return LabelTally(images) if isinstance(images, LabelledImages) else Tally(images)
+
+
+def warnings_of(images: Images) -> list[str]:
+    """What would go wrong without a word, as far as a few images show."""
+    return [*sampled(tally_of(images)).warnings()]
 
 
 def look_at_pair(images: LabelledImages, index: int) -> Look | str:

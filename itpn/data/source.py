@@ -68,12 +68,14 @@ class Images(ABC):
         labels: Class ids, long [n], or None where not every image has one.
         class_names: By class id; None exactly where `labels` is.
         description: One line to print: how many images, and where they were found.
+        notes: What was odd about the files, a line each: a number, an example, the likely cause and a cure.
     """
 
     names: Names
     labels: Tensor | None
     class_names: tuple[str, ...] | None
     description: str
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -128,6 +130,7 @@ class Subset(Images):
             labels=None if whole.labels is None else whole.labels[indices],
             class_names=whole.class_names,
             description=f"{len(indices):,} of {whole.description}, {note}",
+            notes=whole.notes,
             whole=whole,
             indices=indices.numpy(),
         )

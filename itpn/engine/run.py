@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from itpn.engine import checkpoint
 from itpn.engine.checkpoint import write_text
 from itpn.engine.distributed import World
-from itpn.errors import UserError
+from itpn.errors import UserError, printable
 
 
 class Run:
@@ -79,6 +79,18 @@ class Run:
     def say(self, message: str) -> None:
         """One line for the user, from rank 0 only."""
         self.console.print(message)
+
+    def warn(self, warnings: Sequence[str]) -> None:
+        """Say what would go wrong without a word, a line each, and keep it for the report."""
+        for warning in warnings:
+            self.say(f"warning: {printable(warning)}")
+        self.note(warnings=list(warnings))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What was warned of at the start."""
+        found: list[str] = self.notes.get("warnings", [])
+        return found
 
     def begin(self) -> None:
         """Once it is sure that the run goes on with this config: writes it down."""

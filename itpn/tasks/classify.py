@@ -1,7 +1,7 @@
 """Fine-tuning and testing a classifier: from a recipe to model, data, objective and evaluation."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -144,7 +144,7 @@ class Evaluation(finetuning.Evaluation):
 
     def report(self, directory: Path) -> None:
         if self.found is not None:
-            write_report(self.found, self.val.class_names or (), directory)
+            write_report(self.found, self.val.class_names or (), directory, self.run.warnings)
 
 
 def portable_config(recipe: Classify, class_names: tuple[str, ...]) -> dict[str, Any]:
@@ -179,13 +179,15 @@ def validate(
         return predict(forward, val, recipe.eval_batch, going_through(recipe, world, on_bad), progress)
 
 
-def write_report(found: Report, class_names: tuple[str, ...], directory: Path) -> list[Path]:
+def write_report(
+    found: Report, class_names: tuple[str, ...], directory: Path, warnings: Sequence[str]
+) -> list[Path]:
     """A report as JSON and as a picture."""
     names = readable(class_names)
     path, picture = directory / "report.json", directory / "pictures" / "confusion.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     rows = [row._asdict() | ({} if row.images else {"top1": None}) for row in found.classes]
     numbers = scores(found) | {"images": found.images, "unreadable": found.unreadable}
-    path.write_text(json.dumps(numbers | {"classes": rows}, indent=1) + "\n")
+    path.write_text(json.dumps(numbers | {"warnings": [*warnings], "classes": rows}, indent=1) + "\n")
     confusion_picture(found.confusion, found.reliability, names, picture)
     return [path, picture]

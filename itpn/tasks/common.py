@@ -1,6 +1,6 @@
 """What the wiring of every task has in common: its run, its batches, its config."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -9,8 +9,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from itpn.data.check_labels import warnings_of
 from itpn.data.loader import Batch, Draw
 from itpn.data.picture import BadImageError
+from itpn.data.source import Images
 from itpn.data.transforms import crop_ratio_of
 from itpn.engine import checkpoint
 from itpn.engine.bad_files import BadFiles
@@ -74,6 +76,12 @@ def open_run(recipe: Recipe, world: World) -> Run:
         force=recipe.loop.force,
         completed=partial(_completed, type(recipe)),
     )
+
+
+def warn(run: Run, splits: Mapping[str, Images]) -> None:
+    """Warn of what is odd about the data, as far as rank 0 sees it in a few images of each split."""
+    if run.world.is_main:
+        run.warn([f"{split}: {line}" for split, images in splits.items() for line in warnings_of(images)])
 
 
 def is_finished(run: Run) -> bool:

@@ -115,7 +115,7 @@ class Evaluation(finetuning.Evaluation):
         return numbers_of(self.scores)
 
     def report(self, directory: Path) -> None:
-        write_report(self.val, self.scores, directory)
+        write_report(self.val, self.scores, directory, self.run.warnings)
 
     def picture(self, epoch: float, step: int) -> dict[str, Image]:
         world = self.run.world

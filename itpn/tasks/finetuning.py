@@ -27,7 +27,7 @@ from itpn.recipes.classify import Classify
 from itpn.recipes.detect import Detect
 from itpn.recipes.segment import Segment
 from itpn.show.curves import loss_curves, read_metrics
-from itpn.tasks.common import Loader, batches, leaving
+from itpn.tasks.common import Loader, batches, leaving, warn
 from itpn.weights import files
 
 BEST, LAST = "best.safetensors", "last.safetensors"
@@ -61,6 +61,7 @@ def introduce(run: Run, images: Images, val: Images) -> None:
     run.say(f"to train on: {images.description}\nto validate on: {val.description}")
     run.pin("images", images.fingerprint)
     run.pin("validation images", val.fingerprint)
+    warn(run, {"train": images, "val": val})
 
 
 class Evaluation(ABC):

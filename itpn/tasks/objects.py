@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def numbers_of(scores: list[Scores]) -> dict[str, float]:
     return {name: value for name, value in named.items() if value != NO_OBJECTS}
 
 
-def write_report(coco: Coco, scores: list[Scores], directory: Path) -> Path:
+def write_report(coco: Coco, scores: list[Scores], directory: Path, warnings: Sequence[str]) -> Path:
     """All numbers as report.json, over all classes and of each; null where there is nothing to find."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "report.json"
@@ -108,7 +108,8 @@ def write_report(coco: Coco, scores: list[Scores], directory: Path) -> Path:
         for row, (_, numbers) in zip(rows, part.by_class, strict=True):
             row |= _without_none({f"{part.kind}_{name}": value for name, value in numbers.items()})
     overall = {name: value for part in scores for name, value in _without_none(part.metrics()).items()}
-    path.write_text(json.dumps({**overall, "images": len(coco), "classes": rows}, indent=1) + "\n")
+    rest = {"images": len(coco), "warnings": [*warnings], "classes": rows}
+    path.write_text(json.dumps({**overall, **rest}, indent=1) + "\n")
     return path
 
 

@@ -40,6 +40,7 @@ from itpn.tasks.common import (
     leaving,
     left_out,
     open_run,
+    warn,
 )
 from itpn.weights import files, loading
 from itpn.weights.convert import read_foreign
@@ -64,6 +65,7 @@ def pretrain(recipe: Pretrain) -> Path:
         images = find_images(recipe.data.root, "train", recipe.data.list)
         run.say(images.description)
         run.pin("images", images.fingerprint)
+        warn(run, {"train": images})
         bad = BadFiles(run, len(images), recipe.data.max_bad_share)
         steps = steps_per_epoch(len(images), recipe.loop.batch_size)
         objective = build(recipe)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -136,7 +137,7 @@ class Evaluation(finetuning.Evaluation):
 
     def report(self, directory: Path) -> None:
         if self.scores is not None:
-            write_report(self.scores, directory)
+            write_report(self.scores, directory, self.run.warnings)
 
     def picture(self, epoch: float, step: int) -> dict[str, Image]:
         if step == 0:
@@ -187,13 +188,18 @@ def portable_config(recipe: Segment, class_names: tuple[str, ...]) -> dict[str, 
     return config_of(recipe) | {"classes": list(class_names), "input": images}
 
 
-def write_report(found: SegmentationScores, directory: Path) -> Path:
+def write_report(found: SegmentationScores, directory: Path, warnings: Sequence[str]) -> Path:
     """A report as JSON; what could not be counted is null."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "report.json"
     rows = [_without_nan(row._asdict()) for row in found.classes]
-    counts = {"images": found.num_images, "left_out": found.num_left_out}
-    path.write_text(json.dumps(_without_nan(found.numbers()) | counts | {"classes": rows}, indent=1) + "\n")
+    rest = {
+        "images": found.num_images,
+        "left_out": found.num_left_out,
+        "warnings": [*warnings],
+        "classes": rows,
+    }
+    path.write_text(json.dumps(_without_nan(found.numbers()) | rest, indent=1) + "\n")
     return path
 
 

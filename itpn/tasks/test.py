@@ -10,6 +10,7 @@ from torch import Tensor
 
 from itpn.data.coco import Coco
 from itpn.data.detection import find_validation
+from itpn.data.labelled import LabelledImages
 from itpn.data.picture import BadImageError
 from itpn.data.segmentation import find_splits
 from itpn.data.source import Images
@@ -91,9 +92,9 @@ def test_detector(
 
 def test_segmenter(
     recipe: Segment, weights: Weights, world: World, on_bad: OnBad
-) -> tuple[SegmentationScores, Image | None]:
+) -> tuple[SegmentationScores, Image | None, LabelledImages]:
     """A file's segmenter on the recipe's validation images, every pixel once over all ranks, looked at as the
-    recipe says; and a few of its answers as a picture.
+    recipe says; a few of its answers as a picture; and the images.
 
     Raises:
         UserError: the file holds no segmenter, or one of other classes than the images have.
@@ -118,7 +119,7 @@ def test_segmenter(
             progress="testing",
         )
     picture = compared(labels, val, recipe.data, world.device) if world.is_main else None
-    return found, picture
+    return found, picture, val
 
 
 def test_features(

@@ -80,3 +80,11 @@ def test_only_rank_0_writes_and_speaks(tmp_path: Path, capsys) -> None:
     run = Run(tmp_path / "run", {}, World(1, 2, torch.device("cpu")))
     run.say("hello")
     assert not run.directory.exists() and capsys.readouterr().out == ""
+
+
+def test_warnings_are_said_on_a_line_each_and_kept(tmp_path: Path, capsys) -> None:
+    run = Run(tmp_path, {}, WORLD)
+    run.warn(["class \x1b[1m never occurs", "9 files are left out"])
+    told = capsys.readouterr().out.splitlines()
+    assert told[-2:] == ["warning: class \\x1b[1m never occurs", "warning: 9 files are left out"]
+    assert Run(tmp_path, {}, WORLD).warnings == ["class \x1b[1m never occurs", "9 files are left out"]
