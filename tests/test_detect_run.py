@@ -228,7 +228,7 @@ def test_predicting(run, images, tmp_path, monkeypatch, capsys):
     )
     assert status == 0, printed.err
     assert "broken.png" in printed.err and "1 of 6 images cannot be read" in printed.err
-    assert sorted(path.name for path in (tmp_path / "predictions").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "predictions").glob("*.png")) == [
         f"{i}.png" for i in range(5)
     ]
     found = json.loads((tmp_path / "found.json").read_text())

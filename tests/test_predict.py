@@ -90,7 +90,7 @@ def test_labels_scores_picture_and_embeddings(model, images, tmp_path, capsys):
         assert answer["scores"] == pytest.approx(scores.sort(descending=True).values.tolist(), abs=1e-5)
         assert answer["labels"][0] == ("ant", "bee [red]", "tench")[scores.argmax()]
         assert row == pytest.approx(features.numpy(), abs=1e-4)
-    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["predictions-001.png"]
+    assert [path.name for path in (tmp_path / "pictures").glob("[!.]*")] == ["predictions-001.png"]
     assert np.asarray(Image.open(tmp_path / "pictures/predictions-001.png")).std() > 10
 
 
@@ -102,7 +102,7 @@ def test_top_image_size_and_sheets(model, images, tmp_path):
     _, scores = expected(itpn.load(model), images / "1.png", (256, 32), crop_ratio=1.0)
     assert len(answers) == 25 and answers[24]["scores"] == pytest.approx([float(scores.max())], abs=1e-5)
     sheets = ["predictions-001.png", "predictions-002.png"]
-    assert sorted(path.name for path in pictures.iterdir()) == sheets
+    assert sorted(path.name for path in pictures.glob("*.png")) == sheets
     sizes = [Image.open(pictures / sheet).size for sheet in sheets]
     assert sizes[0] > sizes[1]
 

@@ -2,8 +2,7 @@
 or of their pixels, or embeddings."""
 
 import json
-from collections.abc import Iterator
-from errno import EISDIR
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from itpn import models
 from itpn.commands.arguments import parse
 from itpn.commands.predict_objects import detect
 from itpn.commands.predict_pixels import segment
-from itpn.commands.predicting import Predict, sources_of, tell_unreadable, writing
+from itpn.commands.predicting import Predict, sources_of, tell_unreadable
 from itpn.data.classes import names_for
 from itpn.data.loader import Batch, eval_loader
 from itpn.data.picture import BadImageError
@@ -29,6 +28,7 @@ from itpn.engine.distributed import choose_device
 from itpn.errors import UserError, printable
 from itpn.models import ClassifierModel, DetectorModel, FeatureModel, SegmenterModel
 from itpn.nn.normalise import Normalise
+from itpn.outputs import claim, writing
 from itpn.show.classify import prediction_picture
 
 NUM_SHOWN = 100
@@ -60,11 +60,12 @@ def run(arguments: list[str]) -> None:
     options = parse(Predict, arguments, "itpn predict")
     if not options.images:
         raise UserError("itpn predict: name one or more images, or folders of images, after the model")
-    for path in filter(None, (options.json, options.embeddings, options.out and options.out / "a.png")):
-        with writing(path):  # before the work rather than after it
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                raise IsADirectoryError(EISDIR, "it is a folder")
+    embeddings = options.embeddings
+    claim(
+        ("--json", options.json),
+        ("--embeddings", embeddings),
+        ("--embeddings", embeddings and embeddings.with_suffix(".txt")),
+    )
     match models.load(options.model):
         case DetectorModel() as model:
             detect(model, options)
@@ -78,18 +79,24 @@ def run(arguments: list[str]) -> None:
 
 def label(model: ClassifierModel, options: Predict) -> None:
     """Answers on the terminal, and wherever else they are asked for."""
-    found = answered(model, options)
+    sources = sources_of(options.images)
+    num_sheets = -(-sum(map(len, sources)) // PER_SHEET)
+    sheets = (
+        [options.out / f"predictions-{i:03}.png" for i in range(1, num_sheets + 1)] if options.out else []
+    )
+    claim(*(("--out", path) for path in sheets))
+    found = answered(model, options, sources)
     answers: list[Answer] = []
     while sheet := list(islice(found, PER_SHEET)):
-        if options.out:
-            _draw(sheet, options.out / f"predictions-{len(answers) // PER_SHEET + 1:03}.png")
+        if sheets:
+            _draw(sheet, sheets[len(answers) // PER_SHEET])
         answers += [answer for answer, _ in sheet]
     Console(highlight=False, markup=False, soft_wrap=True).print(table_of(answers))
     if len(answers) > NUM_SHOWN:
         print(f"the first {NUM_SHOWN} of {len(answers):,} images; --json FILE writes all")
     if options.json:
-        with writing(options.json):
-            options.json.write_text("".join(map(_json_line, answers)))
+        with writing(options.json, "--json") as file:
+            file.write_text("".join(map(_json_line, answers)))
     if options.embeddings:
         _save(
             options.embeddings, [answer.path for answer in answers], [answer.features for answer in answers]
@@ -97,10 +104,12 @@ def label(model: ClassifierModel, options: Predict) -> None:
 
 
 @torch.no_grad()
-def answered(model: ClassifierModel, options: Predict) -> Iterator[tuple[Answer, Tensor]]:
+def answered(
+    model: ClassifierModel, options: Predict, sources: Sequence[Images]
+) -> Iterator[tuple[Answer, Tensor]]:
     """Answers one by one, with the pixels that they are about: uint8 [3, H, W]."""
     names = names_for(model.classes, model.config.num_classes)
-    for paths, pixels, tokens in look(model, options):
+    for paths, pixels, tokens in look(model, options, sources):
         features = model.pool(tokens)
         scores, classes = model.head(features).softmax(1).topk(min(options.top, len(names)))
         if not scores.isfinite().all():
@@ -121,14 +130,16 @@ def embed(model: FeatureModel, options: Predict) -> None:
         )
     paths: list[Path] = []
     rows: list[Tensor] = []
-    for seen in look(model, options):
+    for seen in look(model, options, sources_of(options.images)):
         paths += seen.paths
         rows += seen.tokens.mean(1).cpu()
     _save(options.embeddings, paths, rows)
 
 
 @torch.no_grad()
-def look(model: ClassifierModel | FeatureModel, options: Predict) -> Iterator[Seen]:
+def look(
+    model: ClassifierModel | FeatureModel, options: Predict, sources: Sequence[Images]
+) -> Iterator[Seen]:
     """Every image that can be read, once and in order; the others are named on stderr at the end.
 
     Raises:
@@ -140,7 +151,6 @@ def look(model: ClassifierModel | FeatureModel, options: Predict) -> Iterator[Se
     device = choose_device(options.device)
     size = options.image_size or model.input_size or (config.image_size, config.image_size)
     model, normalise = model.to(device), Normalise(model.mean, model.std, 3).to(device)
-    sources = list(sources_of(options.images))
     num_images, bad = sum(map(len, sources)), list[BadImageError]()
 
     def batches() -> Iterator[tuple[Images, Batch]]:
@@ -187,8 +197,8 @@ def _draw(sheet: list[tuple[Answer, Tensor]], out: Path) -> None:
         [answer.scores for answer in answers],
         [answer.path.name for answer in answers],
     )
-    with writing(out):
-        picture.save(out)
+    with writing(out) as file:
+        picture.save(file)
 
 
 def _json_line(answer: Answer) -> str:
@@ -199,9 +209,10 @@ def _json_line(answer: Answer) -> str:
 def _save(out: Path, paths: list[Path], rows: list[Tensor]) -> None:
     """Features [C] of each image, and beside them the images' paths."""
     beside = out.with_suffix(".txt")
-    with writing(out):
-        np.save(out, torch.stack(rows).numpy())
-        beside.write_text("".join(f"{printable(path)}\n" for path in paths), encoding="utf-8")
+    with writing(out, "--embeddings") as file:
+        np.save(file, torch.stack(rows).numpy())
+    with writing(beside, "--embeddings") as file:
+        file.write_text("".join(f"{printable(path)}\n" for path in paths), encoding="utf-8")
     print(
         f"{printable(out)}: {len(rows):,} embeddings of {len(rows[0])} channels; "
         f"{printable(beside.name)} has the paths"

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from itpn.commands.predicting import Predict, sources_of, tell_unreadable, writing
+from itpn.commands.predicting import Predict, sources_of, tell_unreadable
 from itpn.data.classes import names_for
 from itpn.data.coco import Category, Coco, Objects
 from itpn.data.detection import DetectionDataConfig
@@ -22,6 +22,7 @@ from itpn.engine.distributed import World, choose_device
 from itpn.errors import UserError, printable
 from itpn.evaluate.detect import Result
 from itpn.models import DetectorModel
+from itpn.outputs import claim, distinct, writing
 from itpn.show.detect import detected, objects_picture
 from itpn.tasks.objects import found_in
 from itpn.weights import files
@@ -43,6 +44,8 @@ def detect(model: DetectorModel, options: Predict) -> None:
     num_images = len(paths) + len(bad)
     if not paths:
         return tell_unreadable(bad, num_images)
+    pictures = [out / f"{name}.png" for name in distinct(paths)]
+    claim(("--json", options.json), *(("--out", path) for path in pictures))
     coco = unannotated(paths, sizes, categories_of(model))
     views = MultiScale() if model.views is None else files.structured(model.views, MultiScale, options.model)
     device = choose_device(options.device)
@@ -58,13 +61,13 @@ def detect(model: DetectorModel, options: Predict) -> None:
     )
     results = [result for result in results if result["score"] >= options.min_score]
     drawn = [index for index in range(len(coco)) if coco.name(index) not in {error.path for error in bad}]
-    _draw(coco, drawn, results, out, options.min_score)
+    _draw(coco, drawn, results, pictures, options.min_score)
     _show(coco, drawn, results, options.top)
     print(f"{printable(out)}: {len(drawn):,} pictures")
     tell_unreadable(bad, num_images)
     if options.json:
-        with writing(options.json):
-            options.json.write_text(json.dumps(instances(coco, drawn, results)))
+        with writing(options.json, "--json") as file:
+            file.write_text(json.dumps(instances(coco, drawn, results)))
 
 
 def sized(options: Predict, bad: list[BadImageError]) -> tuple[list[Path], list[Size]]:
@@ -142,20 +145,20 @@ def _area(result: Result) -> float:
 
 
 def _draw(
-    coco: Coco, images: Sequence[int], results: Sequence[Result], out: Path, least_score: float
+    coco: Coco,
+    images: Sequence[int],
+    results: Sequence[Result],
+    pictures: Sequence[Path],
+    least_score: float,
 ) -> None:
-    """A picture of each image, named after it."""
+    """Draws each image with its objects."""
     by_image: dict[int, list[Result]] = defaultdict(list)
     for result in results:
         by_image[result["image_id"]].append(result)
-    taken = Counter[str]()
     for index in images:
         with coco.open(index) as picture:
             image = picture.decode()
-        stem = coco.name(index).stem
-        taken[stem] += 1  # images of several folders may share a name
-        with writing(out / (f"{stem}.png" if taken[stem] == 1 else f"{stem}-{taken[stem]}.png")) as file:
-            file.parent.mkdir(parents=True, exist_ok=True)
+        with writing(pictures[index]) as file:
             objects_picture(image, detected(coco, by_image[index + 1], least_score)).save(file)
 
 

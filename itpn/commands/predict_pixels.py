@@ -1,8 +1,7 @@
 """`itpn predict` with a segmenter: a class for every pixel, as pictures and as label PNGs."""
 
 import json
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,15 +9,17 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from itpn.commands.predicting import Predict, sources_of, tell_unreadable, writing
+from itpn.commands.predicting import Predict, sources_of, tell_unreadable
 from itpn.data.aligned import fitted
 from itpn.data.classes import names_for
 from itpn.data.labels import Labelling, Labels, label_picture
 from itpn.data.picture import BadImageError
 from itpn.data.progress import watched
+from itpn.data.source import Images
 from itpn.engine.distributed import choose_device
 from itpn.errors import UserError, printable
 from itpn.models import SegmenterModel
+from itpn.outputs import claim, distinct, writing
 from itpn.show.segment import class_colours, segmentation_picture, shares_of
 from itpn.tasks.segment import labeller
 
@@ -37,15 +38,16 @@ def segment(model: SegmenterModel, options: Predict) -> None:
     out = options.out or Path("predictions")
     table = Table("image", "classes, by share of the pixels", box=None, padding=(0, 2, 0, 0))
     lines: list[str] = []
-    taken = Counter[str]()
-    for path, image, labels in labelled(model, options):
+    places = [(images, i) for images in sources_of(options.images) for i in range(len(images))]
+    stems = distinct(images.name(i) for images, i in places)
+    files = [folder / f"{stem}.png" for folder in (out, out / "labels") for stem in stems]
+    claim(("--json", options.json), *(("--out", path) for path in files))
+    for path, stem, image, labels in labelled(model, options, places, stems):
         shares = shares_of([labels], len(names))
-        taken[path.stem] += 1  # images of several folders may share a name
-        stem = path.stem if taken[path.stem] == 1 else f"{path.stem}-{taken[path.stem]}"
         with writing(out / "labels" / f"{stem}.png") as file:
-            file.parent.mkdir(parents=True, exist_ok=True)
             label_picture(labels, labelling, colours).save(file)
-            segmentation_picture(image, labels, names, path.name).save(out / f"{stem}.png")
+        with writing(out / f"{stem}.png") as file:
+            segmentation_picture(image, labels, names, path.name).save(file)
         if len(lines) < NUM_SHOWN:
             most = ", ".join(f"{names[label]} {share:.0%}" for label, share in shares[: options.top])
             table.add_row(printable(path), printable(most))
@@ -56,20 +58,22 @@ def segment(model: SegmenterModel, options: Predict) -> None:
         print(f"the first {NUM_SHOWN} of {len(lines):,} images; --json FILE writes all")
     print(f"{printable(out)}: {len(lines):,} pictures; labels/ has a PNG of class ids for each")
     if options.json:
-        with writing(options.json):
-            options.json.write_text("".join(lines))
+        with writing(options.json, "--json") as file:
+            file.write_text("".join(lines))
 
 
-def labelled(model: SegmenterModel, options: Predict) -> Iterator[tuple[Path, Image.Image, Labels]]:
-    """Every image that can be read, with its labels [H, W] at its own size."""
+def labelled(
+    model: SegmenterModel, options: Predict, places: Sequence[tuple[Images, int]], stems: Sequence[str]
+) -> Iterator[tuple[Path, str, Image.Image, Labels]]:
+    """Every image that can be read, with its stem and its labels [H, W] at its own size."""
     inference = replace(
         model.inference, mode=options.mode or model.inference.mode, flip=options.flip or model.inference.flip
     )
     device = choose_device(options.device)
     labels = labeller(model.to(device), inference, "fp32", device)
-    places = [(images, i) for images in sources_of(options.images) for i in range(len(images))]
     bad: list[BadImageError] = []
-    for images, i in watched(iter(places), "predicting", len(places)):
+    named = zip(places, stems, strict=True)
+    for (images, i), stem in watched(named, "predicting", len(places)):
         try:
             with images.open(i) as picture:
                 image = picture.decode()
@@ -77,5 +81,5 @@ def labelled(model: SegmenterModel, options: Predict) -> Iterator[tuple[Path, Im
             bad.append(error)
             continue
         found = labels(fitted(image, *model.scale).to(device), (image.height, image.width))
-        yield images.name(i), image, found[0].cpu().numpy().astype("uint16")
+        yield images.name(i), stem, image, found[0].cpu().numpy().astype("uint16")
     tell_unreadable(bad, len(places))

@@ -1,8 +1,7 @@
 """What a model says of images, whatever it says: the options, the images, what cannot be read or written."""
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -10,11 +9,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from itpn.data.images import ImageList, find_images
+from itpn.data.images import ImageList, find_all
 from itpn.data.picture import BadImageError
 from itpn.data.source import Images, Names
 from itpn.engine.distributed import DeviceName
 from itpn.errors import UserError, printable
+from itpn.outputs import is_output
 
 NUM_NAMED = 20
 """Unreadable images that are named."""
@@ -28,7 +28,7 @@ class Predict:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run directory, a .safetensors file of ours, a folder of save_pretrained, or a Hub id."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files, and folders of images; of a folder with train and val, val."""
+    """Image files, and folders, of which all images below are taken; but never pictures that itpn wrote."""
     top: int = 5
     """Labels per image, the best first."""
     out: Path | None = None
@@ -63,20 +63,31 @@ class Predict:
             raise UserError(f"--embeddings {self.embeddings}: name a file that ends in .npy")
 
 
-def sources_of(given: tuple[Path, ...]) -> Iterator[Images]:
-    """Each folder's images, and between them the files that are named one by one."""
-    for is_folder, paths in groupby(given, Path.is_dir):
+def sources_of(given: tuple[Path, ...]) -> list[Images]:
+    """Each folder's images, and between them the files that are named one by one. What is found, and that
+    pictures which itpn wrote are left out, is said.
+
+    Raises:
+        UserError: a folder holds no image, or nothing is left.
+    """
+    sources: list[Images] = []
+    ours = [path for path in given if is_output(path)]
+    for is_folder, paths in groupby((path for path in given if path not in ours), Path.is_dir):
         if is_folder:
-            yield from (find_images(path, "val" if (path / "val").is_dir() else "train") for path in paths)
+            found = [images for path in paths for images in find_all(path)]
+            print("\n".join(printable(images.description) for images in found))
+            sources += found
         else:
-            names = [str(path) for path in paths]
-            yield ImageList(
-                root=Path(),
-                names=Names(names),
-                labels=None,
-                class_names=None,
-                description=f"{len(names):,} images",
+            names = Names([str(path) for path in paths])
+            description = f"{len(names):,} images"
+            sources.append(
+                ImageList(root=Path(), names=names, labels=None, class_names=None, description=description)
             )
+    if ours and not sources:
+        raise UserError(f"itpn wrote {ours[0]} itself; copy it to another folder to use it as an image")
+    for path in ours:
+        print(f"left out, since itpn wrote it: {printable(path)}")
+    return sources
 
 
 def tell_unreadable(bad: Sequence[BadImageError], num_images: int) -> None:
@@ -93,11 +104,3 @@ def tell_unreadable(bad: Sequence[BadImageError], num_images: int) -> None:
         )
     if bad:
         print(f"{len(bad):,} of {num_images:,} images cannot be read", file=sys.stderr)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    try:
-        yield path
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): name another place") from error

@@ -3,10 +3,10 @@
 import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,9 +15,11 @@ from itpn.data.picture import Picture, open_picture, read_file
 from itpn.data.randomness import permutation
 from itpn.data.shards import COMPRESSED, archives_in, find_sharded
 from itpn.data.source import SUFFIXES, Images, Names
-from itpn.errors import UserError
+from itpn.errors import UserError, printable
+from itpn.outputs import MANIFEST, is_run, outputs_among
 
 Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,8 +60,28 @@ def find_images(root: Path, split: Split = "train", list_file: Path | None = Non
         UserError: A folder is missing, is a file or holds no image; a listed file is missing; a shard is
             damaged or lies beside images.
     """
-    try:
+    with _readable():
         return _listed_images(list_file, root) if list_file else _images_below(root, split)
+
+
+def find_all(root: Path) -> list[Images]:
+    """Every image below a folder, whatever its folders are called.
+
+    Raises:
+        UserError: as for `find_images`.
+    """
+    with _readable():
+        ours: list[str] = []
+        if names := sorted(walk(root, ours)):
+            return [_image_list(root, names, [()] * len(names), f"under {root}{_left_out(ours)}")]
+        splits = [split for split in SPLITS if split_folder(root, split)]
+    return [find_images(root, split) for split in splits or SPLITS[:1]]  # tar shards, or nothing
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}; check its permissions") from error
 
@@ -73,9 +95,10 @@ def _images_below(root: Path, split: Split) -> Images:
     if folder is None:
         raise UserError(f"{root} has no folder {split!r}; add it or name another root to evaluate on")
     tars, compressed = archives_in(folder, (".tar",)), archives_in(folder, COMPRESSED)
-    if tars and not compressed and next(walk(folder), None) is None:
+    ours: list[str] = []
+    names = sorted(walk(folder, ours))
+    if tars and not compressed and not names:
         return find_sharded(folder, tars)
-    names = sorted(walk(folder))
     if tars and names:
         raise UserError(
             f"{folder} holds both tar shards ({tars[0].name}) and images ({names[0]}); "
@@ -87,9 +110,10 @@ def _images_below(root: Path, split: Split) -> Images:
             "place, and remove the compressed file"
         )
     if not names:
-        found = "is empty" if not any(folder.iterdir()) else "holds no image"
+        found = "is empty" if not any(folder.iterdir()) else f"holds no image{_left_out(ours)}"
         raise UserError(f"the data folder {folder} {found}; looked below it for {' '.join(sorted(SUFFIXES))}")
-    return _image_list(folder, names, [name.split("/")[:-1] for name in names], f"under {folder}")
+    parents = [name.split("/")[:-1] for name in names]
+    return _image_list(folder, names, parents, f"under {folder}{_left_out(ours)}")
 
 
 def split_folder(root: Path, split: Split) -> Path | None:
@@ -98,8 +122,12 @@ def split_folder(root: Path, split: Split) -> Path | None:
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
-def walk(root: Path) -> Iterator[str]:
-    """Visible image files below root, relative to it; each real folder once, so links cannot loop."""
+def walk(root: Path, ours: list[str] | None = None) -> Iterator[str]:
+    """Visible image files below root, relative to it; each real folder once, so links cannot loop.
+
+    Args:
+        ours: takes the names of run directories and outputs, which are left out. None: they are not.
+    """
     seen: set[tuple[int, int]] = set()
     folders = [""]
     while folders:
@@ -109,17 +137,31 @@ def walk(root: Path) -> Iterator[str]:
             continue
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(root / folder) as entries:
-            visible = [entry for entry in sorted(entries, key=_name) if entry.name[0] != "."]
+            found = {entry.name: entry for entry in entries}
+        if ours is not None and "run.json" in found and is_run(root / folder):
+            ours.append(folder or "./")
+            continue
+        if ours is not None and MANIFEST in found:
+            written = sorted(outputs_among(root / folder, [name for name in found if _has_suffix(name)]))
+            ours += [f"{folder}{name}" for name in written]
+            found = {name: entry for name, entry in found.items() if name not in written}
+        visible = [found[name] for name in sorted(found) if name[0] != "."]
         folders += [f"{folder}{entry.name}/" for entry in reversed(visible) if _leads_to(entry.is_dir)]
         yield from (f"{folder}{entry.name}" for entry in visible if _is_image(entry))
 
 
-def _name(entry: os.DirEntry[str]) -> str:
-    return entry.name
+def _left_out(ours: Sequence[str]) -> str:
+    """A clause of a description."""
+    some = ", ".join(map(printable, ours[:3])) + (", …" if len(ours) > 3 else "")
+    return f"; {len(ours):,} left out that itpn wrote ({some})" if ours else ""
+
+
+def _has_suffix(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    return os.path.splitext(entry.name)[1].lower() in SUFFIXES and _leads_to(entry.is_file)
+    return _has_suffix(entry.name) and _leads_to(entry.is_file)
 
 
 def _leads_to(kind: Callable[[], bool]) -> bool:

@@ -116,7 +116,8 @@ def paired(image_folder: Path, label_folder: Path, labelling: Labelling, *, skip
         UserError: a folder is missing or empty, two images share a name, or, unless these are to be skipped,
             files have no partner.
     """
-    images, labels = (_by_stem(folder) for folder in (image_folder, label_folder))
+    images = _by_stem(image_folder, walk(image_folder, []))
+    labels = _by_stem(label_folder, walk(label_folder))  # a model's labels may be learned from
     both = sorted(images.keys() & labels.keys())
     unpaired = (
         *_alone(image_folder, (images[stem] for stem in sorted(images.keys() - labels.keys())),
@@ -148,12 +149,12 @@ def paired(image_folder: Path, label_folder: Path, labelling: Labelling, *, skip
     )
 
 
-def _by_stem(folder: Path) -> dict[str, str]:
-    """The pictures below a folder by their names without the ending."""
+def _by_stem(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Pictures below a folder by their names without the ending."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; see docs/data.md for how labelled images are laid out")
     found: dict[str, str] = {}
-    for name in sorted(walk(folder)):
+    for name in sorted(names):
         stem = os.path.splitext(name)[0]
         if stem in found:
             raise UserError(f"{folder / found[stem]} and {folder / name} share a name; remove one of them")

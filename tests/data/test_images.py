@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from itpn.data.images import find_images
+from itpn.data.images import find_all, find_images
 from itpn.data.source import Names
 from itpn.errors import UserError
+from itpn.outputs import writing
 
 
 def touch(root: Path, *names: str) -> None:
@@ -53,6 +54,52 @@ def test_hidden_and_special_files_are_left_out(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
     assert all_names(tmp_path) == ["a.jpg", "folder.jpg/c.jpg"]
+
+
+def written(*paths: Path) -> None:
+    for path in paths:
+        with writing(path) as file:
+            file.write_bytes(b"drawn")
+
+
+def test_run_directories_are_not_data(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/a.jpg", "dog/b.jpg", "runs/notes.jpg/c.txt")
+    before = find_images(tmp_path)
+    touch(
+        tmp_path, "runs/x/run.json", "runs/x/checkpoints/last", "runs/x/pictures/curves.png", "runs/x/z.jpg"
+    )
+    images = find_images(tmp_path)
+    assert images.class_names == ("cat", "dog") and images.fingerprint == before.fingerprint
+    assert images.description == f"{before.description}; 1 left out that itpn wrote (runs/x/)"
+    assert "itpn wrote (./)" in error_of(tmp_path / "runs" / "x")
+
+
+def test_folders_that_only_resemble_a_run_are_data(tmp_path: Path) -> None:
+    touch(tmp_path, "a/run.json", "a/x.jpg", "b/checkpoints/y.jpg", "b/y.jpg")
+    assert all_names(tmp_path) == ["a/x.jpg", "b/checkpoints/y.jpg", "b/y.jpg"]
+
+
+def test_outputs_are_not_data_but_what_a_user_made_of_them_is(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "out/mine.png")
+    before = find_images(tmp_path)
+    written(tmp_path / "a.png", tmp_path / "out" / "a.png", tmp_path / "out" / "labels" / "a.png")
+    images = find_images(tmp_path)
+    assert images.fingerprint == before.fingerprint
+    assert images.description.endswith("; 3 left out that itpn wrote (a.png, out/a.png, out/labels/a.png)")
+    (tmp_path / "out" / "a.png").write_bytes(b"drawn over")
+    assert all_names(tmp_path) == ["a.jpg", "out/a.png", "out/mine.png"]
+
+
+def test_a_folder_of_outputs_alone_says_so(tmp_path: Path) -> None:
+    written(*(tmp_path / f"{name}.png" for name in "dcba"))
+    assert "holds no image; 4 left out that itpn wrote (a.png, b.png, c.png, …)" in error_of(tmp_path)
+
+
+def test_all_images_of_a_folder_are_found_whatever_its_folders_are_called(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a.jpg", "val/b.jpg", "c.jpg", "test/d.jpg", "x/run.json", "x/checkpoints/e.jpg")
+    (images,) = find_all(tmp_path)
+    assert list(images.names) == ["c.jpg", "test/d.jpg", "train/a.jpg", "val/b.jpg"] and images.labels is None
+    assert images.description.endswith("; 1 left out that itpn wrote (x/)")
 
 
 def test_links_are_followed_but_not_around(tmp_path: Path) -> None:
