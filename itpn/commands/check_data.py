@@ -62,6 +62,8 @@ class CheckData:
     """Of masks: the number that marks pixels without a label."""
     zero_is_no_label: bool = False
     """Of masks: 0 marks pixels without a label, and the classes count from 1."""
+    values: tuple[int, ...] = ()
+    """Of masks: the number that each class is stored as, such as 0 255; empty: they follow one another."""
     annotations: Path | None = None
     """Of COCO: an instances file, of which DIR holds the images; replaces the search."""
 
@@ -124,9 +126,11 @@ def labelled(options: CheckData) -> SegmentationDataConfig:
         names=options.names,
         ignored=options.ignored,
         zero_is_no_label=options.zero_is_no_label,
+        values=options.values,
         skip_bad=True,  # to tell of all of them
     )
-    if data.format == "ade20k" or data.num_classes or data.names or (data.root / NAMES).is_file():
+    known = data.num_classes or data.names or data.values or (data.root / NAMES).is_file()
+    if data.format == "ade20k" or known:
         return data
     return replace(data, num_classes=MAX_CLASSES, ignored=None, zero_is_no_label=False)
 

@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from itpn.data.images import ImageList, Split, walk
-from itpn.data.labels import Labelling, Labels, read_labels
+from itpn.data.labels import MAX_CLASSES, Labelling, Labels, listed, read_labels
+from itpn.data.pairing import folders_of, partners
 from itpn.data.picture import BadImageError
 from itpn.data.source import Names
 from itpn.errors import UserError
@@ -22,7 +23,7 @@ MAX_NAMES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LabelledImages(ImageList):
-    """Images that are files of their own, each with a PNG that has a class for every pixel.
+    """Images that are files of their own, each with a picture that has a class for every pixel.
 
     Attributes:
         label_root: The folder that `label_names` are relative to.
@@ -69,7 +70,8 @@ class LabelledImages(ImageList):
 
     @property
     def fingerprint(self) -> str:
-        digest = sha256(f"{super().fingerprint} {self.labelling}".encode())
+        values = self.labelling.values or ""  # which earlier versions did not have
+        digest = sha256(f"{super().fingerprint} {self.labelling}{values}".encode())
         digest.update(self.label_names.ends.tobytes())
         digest.update(self.label_names.characters.tobytes())
         return digest.hexdigest()
@@ -83,34 +85,53 @@ def find_masks(
     names: Path | None = None,
     ignored: int | None = IGNORED,
     zero_is_no_label: bool = False,
+    values: tuple[int, ...] = (),
     skip_bad: bool = False,
 ) -> LabelledImages:
-    """ROOT/images/SPLIT with a PNG of the same name for each image in ROOT/labels/SPLIT, sorted by name.
+    """Images with a label picture of the same name each, in folders that `folders_of` finds, sorted by name.
 
     Args:
-        num_classes: needed where no names are given.
+        num_classes: needed where there are neither names nor values.
         names: a file with a class name a line; ROOT/classes.txt if it is there.
         ignored: the number of pixels without a label; None: every pixel has one.
         zero_is_no_label: 0 marks pixels without a label too, and the classes count from 1.
+        values: the number that each class is stored as, none of which is ignored.
         skip_bad: leave out what has no partner, instead of raising an error.
 
     Raises:
         UserError: a folder is missing or empty, the classes are not known, or files have no partner.
     """
-    class_names = _class_names(root, names, num_classes)
-    first = int(zero_is_no_label)
-    if ignored is not None and first <= ignored < first + len(class_names):
+    class_names = _class_names(root, names, num_classes, values)
+    no_label = {*([] if ignored is None else [ignored]), *([0] if zero_is_no_label else [])} - {*values}
+    if values:
+        _check_values(values, class_names, zero_is_no_label)
+        labelling = Labelling(class_names, 0, tuple(sorted(no_label)), values)
+    else:
+        labelling = Labelling(class_names, int(zero_is_no_label), tuple(sorted(no_label)))
+    if ignored is not None and ignored in labelling.numbers and not values:
+        name = class_names[labelling.numbers.index(ignored)]
         raise UserError(
-            f"{ignored} cannot mark pixels without a label: it is a class, {class_names[ignored - first]!r}, "
-            f"of {len(class_names):,}; choose a number that is none with --data.ignored"
+            f"{ignored} cannot mark pixels without a label: it is a class, {name!r}, of "
+            f"{len(class_names):,}; "
+            "choose a number that is none with --data.ignored"
         )
-    no_label = {*([] if ignored is None else [ignored]), *([0] if zero_is_no_label else [])}
-    labelling = Labelling(class_names, first, tuple(sorted(no_label)))
-    return paired(root / "images" / split, root / "labels" / split, labelling, skip_bad=skip_bad)
+    return paired(*folders_of(root, split), labelling, skip_bad=skip_bad)
+
+
+def _check_values(values: tuple[int, ...], class_names: Sequence[str], zero_is_no_label: bool) -> None:
+    if len({*values}) < len(values) or not 0 <= min(values) <= max(values) <= MAX_CLASSES:
+        raise UserError(f"--data.values {listed(values)}: they are different numbers of 0 to {MAX_CLASSES:,}")
+    if len(values) != len(class_names):
+        raise UserError(
+            f"--data.values has {len(values):,} numbers, but there are {len(class_names):,} classes, "
+            f"{', '.join(class_names[:5])}; give one number for each"
+        )
+    if zero_is_no_label and 0 in values:
+        raise UserError("--data.values has 0, a class, which --data.zero-is-no-label rules out; drop one")
 
 
 def paired(image_folder: Path, label_folder: Path, labelling: Labelling, *, skip_bad: bool) -> LabelledImages:
-    """The images below one folder with the PNGs of the same names below another.
+    """The images below one folder with the label pictures below another that `partners` finds for them.
 
     Raises:
         UserError: a folder is missing or empty, two images share a name, or, unless these are to be skipped,
@@ -118,11 +139,17 @@ def paired(image_folder: Path, label_folder: Path, labelling: Labelling, *, skip
     """
     images = _by_stem(image_folder, walk(image_folder, []))
     labels = _by_stem(label_folder, walk(label_folder))  # a model's labels may be learned from
-    both = sorted(images.keys() & labels.keys())
+    partner = partners(images.keys(), labels.keys())
+    both = sorted(partner)
+    if not both:
+        raise UserError(
+            f"no image in {image_folder} has a label picture in {label_folder}, "
+            f"as {next(iter(images.values()))} and {next(iter(labels.values()))} there; name each pair alike"
+        )
     unpaired = (
-        *_alone(image_folder, (images[stem] for stem in sorted(images.keys() - labels.keys())),
+        *_alone(image_folder, (images[stem] for stem in sorted(images.keys() - partner.keys())),
                 f"no label picture of this name in {label_folder}"),
-        *_alone(label_folder, (labels[stem] for stem in sorted(labels.keys() - images.keys())),
+        *_alone(label_folder, (labels[stem] for stem in sorted(labels.keys() - partner.values())),
                 f"no image of this name in {image_folder}"),
     )  # fmt: skip
     if unpaired and not skip_bad:
@@ -132,8 +159,8 @@ def paired(image_folder: Path, label_folder: Path, labelling: Labelling, *, skip
             f"{len(unpaired):,} files have no partner: {some}{more}; add what is missing, or leave such "
             "files out with --data.skip-bad"
         )
-    if not both:
-        raise UserError(f"no image in {image_folder} has a label picture in {label_folder}")
+    other = [stem for stem in both if partner[stem] != stem]
+    as_well = f", {images[other[0]]} with {labels[partner[other[0]]]}" if other else ""
     left_out = f"; {len(unpaired):,} files without a partner are left out" if unpaired else ""
     return LabelledImages(
         root=image_folder,
@@ -141,9 +168,9 @@ def paired(image_folder: Path, label_folder: Path, labelling: Labelling, *, skip
         labels=None,
         class_names=None,
         description=f"{len(both):,} images with labels of {labelling.num_classes:,} classes under "
-        f"{image_folder}{left_out}",
+        f"{image_folder}{as_well}{left_out}",
         label_root=label_folder,
-        label_names=Names([labels[stem] for stem in both]),
+        label_names=Names([labels[partner[stem]] for stem in both]),
         labelling=labelling,
         unpaired=unpaired,
     )
@@ -152,27 +179,47 @@ def paired(image_folder: Path, label_folder: Path, labelling: Labelling, *, skip
 def _by_stem(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Pictures below a folder by their names without the ending."""
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; see docs/data.md for how labelled images are laid out")
+        raise UserError(_missing(folder))
     found: dict[str, str] = {}
     for name in sorted(names):
         stem = os.path.splitext(name)[0]
         if stem in found:
             raise UserError(f"{folder / found[stem]} and {folder / name} share a name; remove one of them")
         found[stem] = name
+    if not found:
+        raise UserError(f"{folder} holds no picture; {_contents(folder)}")
     return found
+
+
+def _missing(folder: Path) -> str:
+    """What to say of a folder that is not there, and where it may be."""
+    root = next((above for above in folder.parents if above.is_dir()), Path())
+    return (
+        f"there is no folder {folder}; {_contents(root)}; images go to ROOT/images/train and their labels to "
+        "ROOT/labels/train, where --data.root is ROOT"
+    )
+
+
+def _contents(folder: Path) -> str:
+    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
+    return f"{folder} has {', '.join(names[:5])}{', …' * (len(names) > 5)}" if names else f"{folder} is empty"
 
 
 def _alone(folder: Path, names: Iterable[str], reason: str) -> list[BadImageError]:
     return [BadImageError(folder / PurePosixPath(name), reason) for name in names]
 
 
-def _class_names(root: Path, names: Path | None, num_classes: int | None) -> tuple[str, ...]:
+def _class_names(
+    root: Path, names: Path | None, num_classes: int | None, values: tuple[int, ...]
+) -> tuple[str, ...]:
     path = names or root / NAMES
     if names is None and not path.is_file():
+        if values and num_classes in (None, len(values)):
+            return tuple(f"class {value}" for value in values)
         if num_classes is None:
             raise UserError(
                 f"the number of classes is not known: write their names to {path}, one a line, or give "
-                "--data.num-classes"
+                "--data.num-classes; itpn check-data tells which numbers there are"
             )
         return numbered(num_classes)
     found = tuple(line.strip() for line in read_table(path))

@@ -24,6 +24,7 @@ from itpn.data.images import Split
 from itpn.data.labelled import IGNORED, LabelledImages, find_masks
 from itpn.data.labels import MAX_CLASSES
 from itpn.data.loader import Batch, Draw, Loaded, MicroBatches, Samples, load
+from itpn.data.pairing import folders_of
 from itpn.data.picture import BadImageError, Size
 from itpn.data.randomness import generator
 from itpn.data.source import hold_out
@@ -49,6 +50,9 @@ class SegmentationDataConfig:
     """Of masks: the number that marks pixels without a label. None: every pixel has one."""
     zero_is_no_label: bool = False
     """Of masks: 0 marks pixels without a label, and the classes count from 1."""
+    values: tuple[int, ...] = ()
+    """Of masks: the number that each class is stored as, such as 0 255, which then is not ignored; empty:
+    they follow one another."""
     short: int = 512
     """Images are scaled, as far as fits, until the shorter side has this many pixels …"""
     long: int = 2048
@@ -112,7 +116,7 @@ def has_split(config: SegmentationDataConfig, split: Split) -> bool:
         case "ade20k":
             folder = folder_of(config.root) / "images" / SPLITS[split]
         case "masks":
-            folder = config.root / "images" / split
+            folder, _ = folders_of(config.root, split)
         case _:
             assert_never(config.format)
     return folder.is_dir()
@@ -131,6 +135,7 @@ def find_labelled(config: SegmentationDataConfig, split: Split) -> LabelledImage
                 names=config.names,
                 ignored=config.ignored,
                 zero_is_no_label=config.zero_is_no_label,
+                values=config.values,
                 skip_bad=config.skip_bad,
             )
         case _:

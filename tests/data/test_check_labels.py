@@ -48,9 +48,12 @@ def test_every_fault_is_counted_and_listed(root: Path, capsys: pytest.CaptureFix
     faults = {
         "wrong": (sound + 9, "labels 9 are no class"),
         "size": (np.zeros((40, 57), np.uint8), "57 x 40 labels for an image of 56 x 40 pixels"),
-        "colour": (np.zeros((40, 56, 3), np.uint8), "mode RGB holds colours, not labels"),
+        "colour": (
+            np.full((40, 56, 3), (0, 0, 9), np.uint8),
+            "mode RGB holds colours, not labels",
+        ),
         "huge": (sound, "limit"),
-        "jpeg": (sound, "labels are read from PNG files"),
+        "jpeg": (sound, "labels are read from PNG, TIFF, BMP or GIF files"),
         "image": (sound, "not an image"),
     }
     for name, (stored, _) in faults.items():

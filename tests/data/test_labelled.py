@@ -110,7 +110,10 @@ def test_missing_and_ambiguous_files(root: Path) -> None:
         find_masks(root)
     shutil.rmtree(root / "labels/val")
     (root / "labels/val").mkdir()
-    with pytest.raises(UserError, match=r"no image in .* has a label picture"):
+    with pytest.raises(UserError, match=r"labels/val holds no picture; .*labels/val is empty"):
+        find_masks(root, "val", skip_bad=True)
+    Image.new("L", (8, 8)).save(root / "labels/val/odd.png")
+    with pytest.raises(UserError, match=r"no image in .* has a label picture .* as 00.png and odd.png there"):
         find_masks(root, "val", skip_bad=True)
 
 

@@ -59,6 +59,34 @@ def test_sixteen_bits(tmp_path: Path) -> None:
         read_labels(stored(png(3, 2, 16, 0, rows), tmp_path), FEW)
 
 
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [
+        *(("L", kind) for kind in ("PNG", "TIFF", "BMP", "GIF")),
+        *(("P", kind) for kind in ("TIFF", "BMP", "GIF")),
+        *(("RGB", kind) for kind in ("PNG", "TIFF", "BMP")),
+        ("RGBA", "PNG"),
+        ("LA", "PNG"),
+        ("I;16", "TIFF"),
+        ("I", "TIFF"),
+        ("F", "TIFF"),
+    ],
+)
+def test_every_way_to_store_numbers_exactly_is_read(tmp_path: Path, mode: str, kind: str) -> None:
+    picture = Image.fromarray(VALUES.astype({"F": "f4", "I": "i4", "I;16": "u2"}.get(mode, "u1")))
+    if mode == "P":
+        picture.putpalette(bytes(range(200, 248)))
+    picture = picture if picture.mode == mode else picture.convert(mode)
+    assert np.array_equal(read_labels(stored(encoded(picture, kind), tmp_path), FEW, (2, 3)), VALUES)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])
+def test_two_values_of_one_bit_are_0_and_1(tmp_path: Path, kind: str) -> None:
+    picture = Image.fromarray(VALUES > 0)
+    assert picture.mode == "1"
+    assert np.array_equal(read_labels(stored(encoded(picture, kind), tmp_path), FEW), VALUES > 0)
+
+
 def test_transparency_animation_and_ancillary_chunks_change_nothing(tmp_path: Path) -> None:
     rows, keyed = packed(VALUES, 8), png_chunk(b"tRNS", b"\0\1")
     for data in (
@@ -88,6 +116,26 @@ def test_numbering(first: int, ignored: tuple[int, ...], values: list[int], ids:
             labelling.ids(np.array([[wrong]]))
 
 
+def test_numbers_that_do_not_follow_one_another() -> None:
+    labelling = Labelling(("a", "b", "c"), ignored=(3,), values=(0, 255, 300))
+    assert labelling.ids(np.array([300, 0, 255, 3])).tolist() == [2, 0, 1, labelling.unlabelled]
+    with pytest.raises(ValueError, match="labels 1 are no class: those are 0, 255, 300, and 3 is no label"):
+        labelling.ids(np.array([1]))
+
+
+@pytest.mark.parametrize(
+    ("values", "cure"),
+    [
+        ([6], "if classes count from 1, give --data.zero-is-no-label"),
+        ([7], "name all classes, or give their numbers in order with --data.values"),
+        (range(100, 109), "edges were smoothed or JPEG was used"),
+    ],
+)
+def test_a_likely_cause_of_odd_numbers_is_told(values: list[int], cure: str) -> None:
+    with pytest.raises(ValueError, match=cure):
+        FEW.ids(np.array([values]))
+
+
 def test_as_many_classes_as_there_can_be() -> None:
     most = Labelling(tuple(map(str, range(65_535))), ignored=(65_535,))
     assert most.ids(np.array([[0, 65_534, 65_535]])).tolist() == [[0, 65_534, most.unlabelled]]
@@ -107,11 +155,16 @@ def truncated() -> bytes:
     [
         (b"", "empty"),
         (b"<!doctype html>", "this is none"),
-        (encoded(flat("L"), "JPEG"), "this is none"),
-        (encoded(flat("L"), "TIFF"), "this is none"),
-        (encoded(flat(), "PNG"), "mode RGB holds colours"),
+        (encoded(flat("L"), "JPEG"), "this is a JPEG, which changes numbers"),
+        (encoded(flat("L"), "WEBP"), "labels are read from PNG, TIFF, BMP or GIF files, and this is none"),
+        (encoded(flat(), "PNG"), "mode RGB holds colours, not labels: 1 of them, #"),
+        (encoded(flat().resize((4, 4)), "BMP"), "a BMP of mode RGB holds colours"),
         (encoded(flat("RGBA"), "PNG"), "mode RGBA holds colours"),
-        (encoded(Image.new("LA", (2, 2)), "PNG"), "mode LA holds colours"),
+        (encoded(Image.new("LA", (2, 2)), "PNG"), "some pixels are transparent"),
+        (png(1, 1, 16, 2, b"\0" + bytes(6)), "colours of 16 bits"),
+        (encoded(Image.new("F", (2, 2), 0.5), "TIFF"), "not whole"),
+        (encoded(Image.new("I", (2, 2), -1), "TIFF"), "not in 0 to 65,535"),
+        (encoded(Image.new("L", (2, 2)), "TIFF", tiffinfo={262: 0}), "whose 0 is white"),
         (animated("PNG"), "mode RGB holds colours"),
         (png(40_000, 40_000, 8, 0, b""), "more pixels than the limit"),
         (png(20_000, 20_000, 1, 3, b"", PALETTE), "limit"),
