@@ -1,7 +1,7 @@
 """`itpn convert SOURCE OUT`: a released checkpoint to a file of ours, or back."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,17 +12,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from itpn.commands.arguments import parse
-from itpn.commands.info import contents, described, findings
+from itpn.commands.info import contents, described
+from itpn.commands.released import Reading, findings, read_released
 from itpn.errors import UserError
 from itpn.weights import files
-from itpn.weights.convert import read_foreign
-from itpn.weights.families import Given
 from itpn.weights.files import Weights
-from itpn.weights.translate import translate, write_back
+from itpn.weights.translate import write_back
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert:
+class Convert(Reading):
     """Translate a released checkpoint of HiViT, iTPN or Fast-iTPN to one safetensors file with its config."""
 
     source: Annotated[Path, tyro.conf.Positional]
@@ -32,18 +31,6 @@ class Convert:
     to: str | None = None
     """Write a file of ours back under the names of a family: official-pixel, official-clip, official-fast,
     official-detection, official-segmentation, mmpretrain-itpn or mmpretrain-hivit."""
-    family: str | None = None
-    """The family that the source is of, where its keys do not tell."""
-    ema: bool = False
-    """Take the averaged weights, where the source has both."""
-    num_heads: int | None = None
-    """Attention heads of stage 3, where the shapes do not tell. Default: 64 channels each."""
-    decoder_heads: int | None = None
-    """Attention heads of a pixel decoder. Default: 32 channels each."""
-    norm_eps: float | None = None
-    """Epsilon of the LayerNorms. Default: the family's."""
-    leave_out: tuple[str, ...] = ()
-    """Keys of the source to leave out, as patterns such as 'extra.*'."""
 
 
 def run(arguments: list[str]) -> None:
@@ -72,18 +59,7 @@ def _convert(options: Convert) -> None:
         raise UserError(
             f"{options.source} is a file of ours already; --to FAMILY writes it under other names"
         )
-    foreign = read_foreign(options.source, ema=options.ema)
-    given = Given(num_heads=options.num_heads, decoder_heads=options.decoder_heads, norm_eps=options.norm_eps)
-    try:
-        translated = translate(
-            foreign.tensors,
-            family=options.family,
-            wrapping=foreign.wrapping,
-            given=given,
-            leave_out=options.leave_out,
-        )
-    except UserError as error:
-        raise UserError(f"{options.source}: {error}") from error
+    foreign, translated = read_released(options.source, options)
     source = {
         "file": options.source.name,
         "sha256": foreign.sha256,
@@ -119,10 +95,10 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_back(options: Convert, family: str) -> None:
-    unused = {"family", "ema", "num_heads", "decoder_heads", "norm_eps", "leave_out"}
-    given = [name for name in sorted(unused) if getattr(options, name) not in (None, False, ())]
-    if given:
-        raise UserError(f"--to writes a file of ours as it is: leave --{given[0].replace('_', '-')} out")
+    for option in fields(Reading):
+        if getattr(options, option.name) != option.default:
+            flag = option.name.replace("_", "-")
+            raise UserError(f"--to writes a file of ours as it is: leave --{flag} out")
     weights = files.read(options.source)
     files.check(weights)
     tensors = write_back(weights, family)

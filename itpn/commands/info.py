@@ -14,8 +14,9 @@ from torch import nn
 
 from itpn.commands.arguments import parse
 from itpn.commands.config import read_config
+from itpn.commands.released import Reading, findings, read_released
 from itpn.data.picture import Size
-from itpn.errors import UserError, printable
+from itpn.errors import printable
 from itpn.evaluate.count import count_parameters, multiply_adds
 from itpn.heads.classify import Classifier
 from itpn.heads.detect import Detector
@@ -32,10 +33,7 @@ from itpn.recipes.pretrain import Pretrain
 from itpn.recipes.segment import Segment
 from itpn.tasks import classify, detect, segment
 from itpn.weights import files
-from itpn.weights.convert import Foreign, read_foreign
-from itpn.weights.families import FAMILIES, Given
 from itpn.weights.files import Weights
-from itpn.weights.translate import Translated, translate
 
 Countable = PixelObjective | DistillObjective | Classifier | Detector | Segmenter
 COUNTED = "matrix products, convolutions and 5 x LayerNorm elements"
@@ -43,8 +41,8 @@ COUNTED = "matrix products, convolutions and 5 x LayerNorm elements"
 
 def run(arguments: list[str]) -> None:
     if arguments and is_weights(Path(arguments[0])):
-        given = parse(Given, arguments[1:], f"itpn info {arguments[0]}")
-        return info_of_file(Path(arguments[0]), given)
+        reading = parse(Reading, arguments[1:], f"itpn info {arguments[0]}")
+        return info_of_file(Path(arguments[0]), reading)
     recipe = read_config("itpn info", arguments)
     objective: Countable
     teacher = None
@@ -134,18 +132,14 @@ def is_weights(path: Path) -> bool:
     return folder or (path.is_file() and path.suffix != ".py")
 
 
-def info_of_file(path: Path, given: Given) -> None:
+def info_of_file(path: Path, reading: Reading) -> None:
     console = Console(highlight=False, soft_wrap=True, markup=False)
     weights = files.read(path) if path.is_dir() else files.read_if_ours(path)
     if weights is not None:
         files.check(weights)
         lines = [f"{printable(weights.path)}: a file of ours", *origin(weights)]
     else:
-        foreign = read_foreign(path)
-        try:
-            translated = translate(foreign.tensors, wrapping=foreign.wrapping, given=given)
-        except UserError as error:
-            raise UserError(f"{printable(path)}: {error}") from error
+        foreign, translated = read_released(path, reading)
         weights = Weights(path, translated.tensors, translated.config)
         lines = list(findings(foreign, translated))
     print("\n".join(lines))
@@ -161,20 +155,6 @@ def origin(weights: Weights) -> Iterator[str]:
         yield f"converted from {printable(source['file'])} ({family}), sha256 {sha256}"
         for name, reason in source["left_out"].items():
             yield f"left out: {printable(name)}: {printable(reason)}"
-
-
-def findings(foreign: Foreign, translated: Translated) -> Iterator[str]:
-    """What a foreign file is, what was taken off or left out and why, and what looks wrong."""
-    yield f"{printable(foreign.path)}: {FAMILIES[translated.family].title} ({translated.family})"
-    yield f"sha256 {foreign.sha256}"
-    if foreign.wrapping:
-        yield f"unwrapped: {', '.join(map(printable, foreign.wrapping))}"
-    for name, reason in (foreign.left_out | translated.left_out).items():
-        yield f"left out: {printable(name)}: {printable(reason)}"
-    if foreign.placeholders:
-        yield f"objects of {', '.join(foreign.placeholders)}: not needed, and not imported"
-    for name, count in foreign.nonfinite.items():
-        yield f"warning: {printable(name)} has {count:,} values that are NaN or infinite"
 
 
 def contents(weights: Weights) -> Table:
@@ -198,10 +178,11 @@ def described(weights: Weights) -> Iterator[str]:
     """The numbers that a file's config gives, in a few lines."""
     model = weights.part("model", ModelConfig)
     config, (width, depths, heads, layers) = model.backbone, model.backbone.shape
+    channels = "" if config.in_channels == 3 else f"{config.in_channels} channels, "
     yield (
         f"backbone {config.label}: {width} wide, blocks "
-        f"{' + '.join(map(str, depths))}, {heads} heads, {layers} layers, units of {config.patch_size} "
-        f"pixels, positions for {config.image_size} pixels"
+        f"{' + '.join(map(str, depths))}, {heads} heads, {layers} layers, {channels}units of "
+        f"{config.patch_size} pixels, positions for {config.image_size} pixels"
     )
     relative = ("a table per block", "decomposed")[config.relative_position_decomposed]
     yield (

@@ -264,6 +264,8 @@ class HiViT(nn.Module):
         """Images ``[B, c, H, W]`` to cells ``[B, N, 4, 4, C/4]``; units not in ``keep [B, K]`` are dropped
         first."""
         self.grid_of(images)
+        if images.shape[1] != self.config.in_channels:
+            raise UserError(f"image of {images.shape[1]} channels: the model takes {self.config.in_channels}")
         cells: Tensor = self.stem_norm(self.stem_proj(cells_of(images, self.config.patch_size, keep)))
         return cells
 

@@ -9,9 +9,10 @@ import hashlib
 import math
 import stat
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from itpn.errors import UserError, printable
 from itpn.weights.pickles import allowing, globals_in, pickle_in_zip, records_of, stand_ins_for
-from itpn.weights.wrappings import capped, unwrapped
+from itpn.weights.wrappings import Unwrapped, Wanted, capped, unwrapped
 
 CHUNK = 1 << 20
 
@@ -35,7 +36,7 @@ class Foreign:
 
     wrapping: tuple[str, ...] = ()
     """What was taken off, outermost first: entries (``state_dict``) and prefixes (``module.``); of files of
-    whole detectors and segmentors also the word ``detector`` or ``segmentor``."""
+    whole detectors and segmentors also ``detector heads`` or ``segmentor heads``."""
 
     left_out: dict[str, str]
     """What else the file holds, and why it was left out."""
@@ -47,23 +48,26 @@ class Foreign:
     """How many values of a tensor are NaN or infinite, where any is."""
 
 
-def read_foreign(path: Path, *, ema: bool = False) -> Foreign:
+def read_foreign(path: Path, wanted: Wanted | None = None, leave_out: Sequence[str] = ()) -> Foreign:
     """Weights of any file of ``torch.save`` (either format) or safetensors.
 
     Args:
-        ema: take the averaged weights rather than the plain ones. A file that has only averaged ones gives
-            them in either case.
+        wanted: which of the weights. A file that has only averaged ones gives them in any case.
+        leave_out: patterns such as ``norm.*`` of names to leave out, with or without their prefix.
 
     Raises:
         UserError: there is no such file; it is damaged, hostile or of another kind; it holds no weights by
-            name, or no averaged ones where they are asked for.
+            name, several models, or none of what is asked for.
     """
+    unwrap = partial(unwrapped, wanted=wanted or Wanted(), leave_out=leave_out)
     try:
         kind = _kind(path)
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        loaded, placeholders = (_safetensors(path), []) if kind == "safetensors" else _torch(path, kind, ema)
-        tensors, wrapping, left_out = unwrapped(loaded, ema)
+        loaded, placeholders = (
+            (_safetensors(path), []) if kind == "safetensors" else _torch(path, kind, unwrap)
+        )
+        tensors, wrapping, left_out = unwrap(loaded)
         _check_bytes(tensors, path.stat().st_size)
         with _one_line("weights"):  # some kinds of numbers that safetensors knows, torch cannot convert
             nonfinite = {name: count for name, tensor in tensors.items() if (count := _nonfinite(tensor))}
@@ -130,7 +134,7 @@ def _one_line(kind: str) -> Iterator[None]:
         ) from error
 
 
-def _torch(path: Path, kind: str, ema: bool) -> tuple[Any, list[str]]:
+def _torch(path: Path, kind: str, unwrap: Callable[[Any], Unwrapped]) -> tuple[Any, list[str]]:
     """What the file holds, and the names in it that placeholders stand for."""
     with _one_line("a file of torch.save"):
         records = records_of(path) if kind == "zip" else {}
@@ -143,7 +147,7 @@ def _torch(path: Path, kind: str, ema: bool) -> tuple[Any, list[str]]:
                 return _load(file, stand_ins, "cpu"), list(stand_ins)
         with path.open("rb") as file:  # tensors on the meta device have a shape and no memory
             planned = _load(file, stand_ins, "meta")
-    _check_lengths(unwrapped(planned, ema)[0], records)
+    _check_lengths(unwrap(planned)[0], records)
     with _one_line("a file of torch.save"):
         if path.name.endswith(".safetensors"):  # torch goes by the suffix, where it is given a path
             with path.open("rb") as file:

@@ -87,6 +87,12 @@ class Given:
     """Attention heads of the pixel decoder. None: 32 channels each."""
     norm_eps: float | None = None
     """Epsilon of the LayerNorms. None: the family's."""
+    position_rows: tuple[int, int] | None = None
+    """First row of the position table that is the image's, and the one after its last. None: all rows, or
+    those of the search image where a tracker has a template's behind them."""
+    stem: Literal["all", "sum", "first"] = "all"
+    """What becomes of a stem with more than three channels: all stay; `sum` adds up each three, which is
+    what the model sees where an RGB image is given to all; `first` keeps the first three."""
 
 
 def family_of(state: Mapping[str, Tensor], wrapping: Iterable[str] = ()) -> str:
@@ -109,9 +115,9 @@ def family_of(state: Mapping[str, Tensor], wrapping: Iterable[str] = ()) -> str:
         return "mmpretrain-itpn" if with_neck else "mmpretrain-hivit"
     if "pos_embed" in state:
         return "official-fast"
-    if "detector" in wrapping or any(key.endswith(".rel_pos_h") for key in state):
+    if "detector heads" in wrapping or any(key.endswith(".rel_pos_h") for key in state):
         return "official-detection"
-    if "segmentor" in wrapping or _other_grid(state):
+    if "segmentor heads" in wrapping or _other_grid(state):
         return "official-segmentation"
     return "official-clip" if "blocks.0.gamma_2" in state else "official-pixel"
 

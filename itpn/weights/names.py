@@ -21,23 +21,28 @@ Kind = Literal["pixel", "distill", "mean-norm", "norm-mean", "mean", "backbone"]
 classifier with one of three poolings, or nothing."""
 Style = Literal["official", "fast", "mmpretrain"]
 
-# Theirs to ours; `*` stands for one or more name parts and is carried over. `early`, `merge` and `late` are
-# the entries of their one list of blocks: stages 1 and 2, the merges between the stages, stage 3.
+# Theirs to ours; `*` stands for one part of a name, at the end for one or more, and is carried over. `early`,
+# `merge` and `late` are the entries of their one list of blocks: stages 1 and 2, the merges between the
+# stages, stage 3.
 BACKBONE = {
     "patch_embed.proj.*": "backbone.stem_proj.*",
     "patch_embed.norm.*": "backbone.stem_norm.*",
     "absolute_pos_embed": "backbone.position",
-    "early.*.norm2.*": "early.*.norm.*",
-    "early.*.mlp.*": "early.*.mlp.*",
-    "early.*.gamma_2": "early.*.scale.gamma",
+    "early.*.*.norm2.*": "early.*.*.norm.*",
+    "early.*.*.mlp.fc*.*": "early.*.*.mlp.fc*.*",
+    "early.*.*.gamma_2": "early.*.*.scale.gamma",
     "merge.*.norm.*": "merge.*.norm.*",
     "merge.*.reduction.*": "merge.*.reduce.*",
-    "late.*.attn.relative_position_bias_table": "late.*.attn.relative_position",
-    "late.*.attn.rel_pos_h": "late.*.attn.relative_position_rows",
-    "late.*.attn.rel_pos_w": "late.*.attn.relative_position_cols",
-    "late.*.gamma_1": "late.*.scale1.gamma",
-    "late.*.gamma_2": "late.*.scale2.gamma",
-    "late.*": "late.*",  # norm1, norm2, attn.qkv, attn.proj and mlp have the same names
+    "late.*.*.attn.relative_position_bias_table": "late.*.*.attn.relative_position",
+    "late.*.*.attn.rel_pos_h": "late.*.*.attn.relative_position_rows",
+    "late.*.*.attn.rel_pos_w": "late.*.*.attn.relative_position_cols",
+    "late.*.*.gamma_1": "late.*.*.scale1.gamma",
+    "late.*.*.gamma_2": "late.*.*.scale2.gamma",
+    "late.*.*.norm*.*": "late.*.*.norm*.*",
+    "late.*.*.attn.qkv.*": "late.*.*.attn.qkv.*",
+    "late.*.*.attn.proj.*": "late.*.*.attn.proj.*",
+    "late.*.*.attn.*_bias": "late.*.*.attn.*_bias",
+    "late.*.*.mlp.fc*.*": "late.*.*.mlp.fc*.*",
 }
 PYRAMID = {
     "align_dim_16tofpn.*": "pyramid.align.*",
@@ -62,11 +67,11 @@ PYRAMID = {
 }
 FAST = {
     "pos_embed": "backbone.position",
-    "early.*.mlp.ffn_ln.*": "early.*.mlp.norm.*",
-    "late.*.mlp.w1.*": "late.*.mlp.gate.*",
-    "late.*.mlp.w2.*": "late.*.mlp.fc1.*",
-    "late.*.mlp.w3.*": "late.*.mlp.fc2.*",
-    "late.*.mlp.ffn_ln.*": "late.*.mlp.norm.*",
+    "early.*.*.mlp.ffn_ln.*": "early.*.*.mlp.norm.*",
+    "late.*.*.mlp.w1.*": "late.*.*.mlp.gate.*",
+    "late.*.*.mlp.w2.*": "late.*.*.mlp.fc1.*",
+    "late.*.*.mlp.w3.*": "late.*.*.mlp.fc2.*",
+    "late.*.*.mlp.ffn_ln.*": "late.*.*.mlp.norm.*",
     "norm.*": "pyramid.norm.*",
 }
 EMBED = {
@@ -209,7 +214,9 @@ def _mmpretrain(kind: Kind) -> dict[str, str]:
 
 @lru_cache(maxsize=1024)
 def _pattern(theirs: str) -> re.Pattern[str]:
-    return re.compile(re.escape(theirs).replace(r"\*", "(.+?)"))
+    start = theirs.removesuffix("*")
+    end = "" if start == theirs else "(.+)"
+    return re.compile(re.escape(start).replace(r"\*", "([^.]+)") + end)
 
 
 def _rename(key: str, names: Mapping[str, str]) -> str | None:

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from typing import Any, cast
 
 from torch import Tensor
@@ -15,13 +15,15 @@ from itpn.weights import files, names
 from itpn.weights.families import FAMILIES, Given, config_of, family_of, kind_of
 from itpn.weights.files import Weights
 from itpn.weights.names import Kind
+from itpn.weights.trackers import without_additions
 
-NOT_OURS = {
-    "target_generator.": "the teacher; distillation loads one from its own file",
-    "teacher.": "the teacher; distillation loads one from its own file",
-}
-"""Beginnings of keys that belong to no model of ours, and why they stay out."""
-CONCATENATING = ["norm.*", "decoder_*", "mask_token"]
+NOT_OURS = dict.fromkeys(
+    ["target_generator.*", "teacher.*"], "the teacher; distillation loads one from its own file"
+)
+"""Patterns of keys that belong to no model of ours, and why they stay out."""
+CONCATENATING = dict.fromkeys(
+    ["norm.*", "decoder_*", "mask_token"], "HiViT's own MAE decoder, which reads all stages side by side"
+)
 KINDS: dict[Kind, str] = {
     "pixel": "pixel decoder",
     "distill": "heads for a teacher's features",
@@ -53,7 +55,6 @@ def translate(
     family: str | None = None,
     wrapping: Iterable[str] = (),
     given: Given | None = None,
-    leave_out: Iterable[str] = (),
 ) -> Translated:
     """Recognise a checkpoint's tensors, rename and reshape them, and infer their config.
 
@@ -62,30 +63,28 @@ def translate(
         family: a name in FAMILIES; recognised by the keys if None.
         wrapping: what a file's state was found in; see `families.family_of`.
         given: what the shapes cannot tell.
-        leave_out: patterns such as ``norm.*`` of keys to leave out.
 
     Raises:
         UserError: it is of no known family, has keys that no rule knows, or does not make a whole model.
     """
     _check(state)
-    leave_out = list(leave_out)
-    left_out = dict(_left_out(state, leave_out))
-    if _concatenates(state):
-        left_out |= dict.fromkeys(
-            CONCATENATING, "HiViT's own MAE decoder, which reads all stages side by side"
-        )
-        leave_out += CONCATENATING
-    state = {key: value for key, value in state.items() if not _is_out(key, leave_out)}
+    given = given or Given()
+    rules = NOT_OURS | (CONCATENATING if _concatenates(state) else {})
+    left_out = dict(_left_out(state, rules))
+    state = {key: value for key, value in state.items() if not _is_out(key, rules)}
     family = family or family_of(state, wrapping)
     if family not in FAMILIES:
         raise UserError(f"there is no family {family!r}; choose one of {', '.join(FAMILIES)}")
     known, kind = FAMILIES[family], kind_of(state.keys())
+    state, added = without_additions(state, kind, given)
+    left_out |= added
     tensors, unknown = names.to_ours(state, known.style, kind)
     if unknown:
         raise UserError(
-            f"{known.title}: no place for {summary(unknown)}; if they may stay out, say so with --leave-out"
+            f"{known.title}: no place for {summary(unknown)}; if they may stay out, give --leave-out and "
+            "the pattern, in quotes, for each"
         )
-    config = config_of(tensors, known, kind, _patch(state), given or Given())
+    config = config_of(tensors, known, kind, _patch(state), given)
     wrong = files.misfits(Weights(files.NOWHERE, tensors, config))
     if wrong:
         raise UserError(
@@ -149,19 +148,14 @@ def _concatenates(state: Mapping[str, Tensor]) -> bool:
     return embed.shape[1] == 7 * positions.shape[-1]
 
 
-def _is_out(key: str, leave_out: Iterable[str]) -> bool:
-    return key.startswith(tuple(NOT_OURS)) or any(fnmatch(key, pattern) for pattern in leave_out)
+def _is_out(key: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
-def _left_out(state: Mapping[str, Tensor], leave_out: Iterable[str]) -> Iterable[tuple[str, str]]:
-    for beginning, reason in NOT_OURS.items():
-        if keys := [key for key in state if key.startswith(beginning)]:
-            yield f"{beginning}* ({len(keys)})", reason
-    for pattern in leave_out:
-        keys = [key for key in state if fnmatch(key, pattern)]
-        if not keys:
-            raise UserError(f"--leave-out {pattern}: no key is like that")
-        yield f"{pattern} ({len(keys)})", "as asked"
+def _left_out(state: Mapping[str, Tensor], rules: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    for pattern, reason in rules.items():
+        if keys := [key for key in state if _is_out(key, [pattern])]:
+            yield f"{pattern} ({len(keys)})", reason
 
 
 def _patch(state: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,62 +11,137 @@ from torch import Tensor
 
 from itpn.errors import UserError, printable
 from itpn.weights.pickles import Placeholder
+from itpn.weights.prefixes import AVERAGES, as_wanted, grouped, is_stem, model_of, several, without
 
 WRAPPERS = ("model", "module", "state_dict", "model_state_dict", "net")
-AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict", "model_state_dict_ema", "module_ema", "ema")
 COUNTERS = ("n_averaged", "steps")
 """What torch's and mmengine's averaging counts, as tensors among the weights."""
 TRAINING = re.compile(
     r"optim|.*sched|.*scaler|amp$|.*epoch|iter|(global_)?step|rng|message_hub|callbacks|loops|best|stats"
 )
 SETTINGS = ("args", "meta", "config", "cfg", "hparams", "hyper_parameters", "settings")
-DETECTOR = ("rpn_head.", "roi_head.", "bbox_head.", "mask_head.")
-SEGMENTOR = ("decode_head.", "auxiliary_head.")
-BODIES = ("backbone.body.", "encoder.body.", "encoder.")
-"""Prefixes of the backbone among other parts; the authors' loaders, too, keep the encoder alone."""
 
 MAX_LISTED = 40
 
 
-def unwrapped(loaded: Any, ema: bool) -> tuple[dict[str, Tensor], list[str], dict[str, str]]:
-    """Tensors by their plain names, what was taken off, and what was left out."""
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Which of a file's weights to read, where it does not tell."""
+
+    ema: bool = False
+    """Take the averaged weights, where the source has both."""
+    entry: str | None = None
+    """The entry that holds the weights, where the source has several, such as `student`; inside another
+    entry, `checkpoint.student`."""
+    prefix: str | None = None
+    """Read the tensors whose names start like this, such as `encoder.body.`, and no others."""
+
+
+Unwrapped = tuple[dict[str, Tensor], list[str], dict[str, str]]
+"""Tensors by their plain names, what was taken off them, and what was left out with the reason."""
+
+
+def unwrapped(loaded: Any, wanted: Wanted, leave_out: Sequence[str] = ()) -> Unwrapped:
+    """Find the weights in what a file holds.
+
+    Args:
+        leave_out: patterns of names to leave out, as they stand in the file or without their prefix.
+    """
     wrapping: list[str] = []
     left_out: dict[str, str] = {}
-    seen = set()
-    while isinstance(loaded, dict):
-        if id(loaded) in seen:
-            raise UserError("its entries contain one another")
-        seen.add(id(loaded))
-        entry = _entry(loaded, ema)
-        if entry is None:
-            break
-        ema = ema and entry not in AVERAGES
-        wrapping.append(entry)
-        left_out |= {_label(name): _reason(name, value) for name, value in loaded.items() if name != entry}
-        loaded = loaded[entry]
-    if not isinstance(loaded, dict):
-        raise UserError(f"holds {_described(loaded)}, no weights by name; save the model's state_dict()")
-    if ema:
-        raise UserError(
-            f"holds no averaged weights (an entry {', '.join(AVERAGES[:2])} …); read the plain ones"
-        )
+    loaded, ema = _weights_in(loaded, wanted, wrapping, left_out)
     tensors = {name: value.detach() for name, value in loaded.items() if _is_weight(name, value)}
     rest: dict[str, list[str]] = {}
     for name, value in loaded.items():
         if not _is_weight(name, value):
             rest.setdefault(_reason(name, value), []).append(_label(name))
     for reason, names in rest.items():
-        left_out |= _grouped(names, reason, "entries")
-    if not tensors:
-        entries = ", ".join(printable(_label(name))[:40] for name in list(loaded)[:8])
-        raise UserError(f"holds no weights by name; its {len(loaded):,} entries: {entries or 'none'}")
-    return *_without_prefixes(tensors, wrapping, left_out), left_out
+        left_out |= grouped(names, reason, "entries")
+    counts: Counter[str] = Counter()
+    tensors = without(tensors, leave_out, counts)
+    tensors = model_of(tensors, wanted.prefix, ema, wrapping, left_out)
+    tensors = without(tensors, leave_out, counts)
+    for pattern in leave_out:
+        if not counts[pattern]:
+            raise UserError(f"--leave-out {printable(pattern)}: no key is like that")
+        left_out[f"{pattern} ({counts[pattern]})"] = "as asked"
+    return tensors, wrapping, left_out
 
 
-def _entry(loaded: Mapping[Any, Any], ema: bool) -> str | None:
-    """The entry that holds the weights, where this dict is not the weights itself."""
-    choice = (*AVERAGES, *WRAPPERS) if ema else (*WRAPPERS, *AVERAGES)
-    return next((name for name in choice if isinstance(loaded.get(name), dict)), None)
+def _weights_in(
+    loaded: Any, wanted: Wanted, wrapping: list[str], left_out: dict[str, str]
+) -> tuple[dict[Any, Any], bool]:
+    """The dict that holds the weights, and whether averaged ones are still to be found in it."""
+    holding, ema, seen = _holding(loaded), wanted.ema, set()
+    steps = _steps(loaded, wanted.entry)
+    while isinstance(loaded, dict):
+        if id(loaded) in seen:
+            raise UserError("its entries contain one another")
+        seen.add(id(loaded))
+        entry = steps.pop(0) if steps else _entry(loaded, ema, holding, wrapping)
+        if entry is None:
+            break
+        if entry not in loaded:
+            raise UserError(
+                f"--entry {printable(wanted.entry)}: there is no {printable(entry)} in {_names(loaded)}"
+            )
+        ema = ema and entry not in AVERAGES
+        wrapping.append(entry)
+        others = ((name, value) for name, value in loaded.items() if name != entry)
+        left_out |= {_label(name): _reason(name, value, id(value) in holding) for name, value in others}
+        loaded = loaded[entry]
+    if not isinstance(loaded, dict):
+        raise UserError(f"holds {_described(loaded)}, no weights by name; save the model's state_dict()")
+    if not any(_is_weight(name, value) for name, value in loaded.items()):
+        raise UserError(f"holds no weights by name; its {_names(loaded)}")
+    return loaded, ema
+
+
+def _steps(loaded: Any, entry: str | None) -> list[str]:
+    """The entry, or the entries inside one another that a name with dots stands for."""
+    if entry is None:
+        return []
+    return [entry] if isinstance(loaded, dict) and entry in loaded else entry.split(".")
+
+
+def _holding(loaded: Any) -> set[int]:
+    """The ids of all dicts that hold a model, or another such dict; each is looked at once."""
+    parents: dict[int, list[int]] = {id(loaded): []}
+    todo, found = [loaded], []
+    while todo:
+        here = todo.pop()
+        for name, value in here.items() if isinstance(here, dict) else ():
+            if isinstance(value, Tensor) and is_stem(name):
+                found.append(id(here))
+            elif isinstance(value, dict) and not (isinstance(name, str) and name.startswith("optim")):
+                if id(value) not in parents:
+                    todo.append(value)
+                parents.setdefault(id(value), []).append(id(here))
+    holding: set[int] = set()
+    while found:
+        if (each := found.pop()) not in holding:
+            holding.add(each)
+            found += parents[each]
+    return holding
+
+
+def _entry(loaded: Mapping[Any, Any], ema: bool, holding: set[int], within: Sequence[str]) -> str | None:
+    """The entry that holds the weights, where this dict is not the weights itself.
+
+    Raises:
+        UserError: several do.
+    """
+    if any(is_stem(name) for name in loaded):
+        return None
+    models = [name for name, value in loaded.items() if isinstance(name, str) and id(value) in holding]
+    if not models:  # a model of another kind
+        choice = (*AVERAGES, *WRAPPERS) if ema else (*WRAPPERS, *AVERAGES)
+        return next((name for name in choice if isinstance(loaded.get(name), dict)), None)
+    found = as_wanted(models, [name for name in models if name in AVERAGES], ema)
+    found = [name for name in found if name in WRAPPERS] or found
+    if len(found) > 1:
+        raise several("entry", [".".join((*within, name)) for name in found])
+    return found[0]
 
 
 def _is_weight(name: Any, value: Any) -> bool:
@@ -78,13 +154,11 @@ def _is_weight(name: Any, value: Any) -> bool:
     )
 
 
-def _reason(name: Any, value: Any) -> str:
+def _reason(name: Any, value: Any, model: bool = False) -> str:
     if not isinstance(name, str):
         return "its name is no text"
-    if name in AVERAGES and isinstance(value, dict):
-        return "averaged weights, not asked for"
-    if name in WRAPPERS and isinstance(value, dict):
-        return "plain weights; the averaged ones were asked for"
+    if model or (name in (*AVERAGES, *WRAPPERS) and isinstance(value, dict)):
+        return f"{'averaged' if name in AVERAGES else 'plain'} weights, not asked for"
     if TRAINING.match(name) or name in COUNTERS:
         return "training state"
     if name in SETTINGS:
@@ -104,51 +178,9 @@ def _described(value: Any) -> str:
     return f"a value of type {type(value).__name__}"
 
 
-def _without_prefixes(
-    tensors: dict[str, Tensor], wrapping: list[str], left_out: dict[str, str]
-) -> tuple[dict[str, Tensor], list[str]]:
-    while prefix := next((p for p in ("module.", "_orig_mod.", "model.") if _all_start(tensors, p)), None):
-        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-        wrapping.append(prefix)
-    if (prefix := next((p for p in BODIES if _any_start(tensors, p)), None)) is not None:
-        return _only(tensors, prefix, "no part of the backbone", left_out), [*wrapping, prefix]
-    for kind, heads in {"detector": DETECTOR, "segmentor": SEGMENTOR}.items():
-        if _any_start(tensors, "backbone.") and any(_any_start(tensors, head) for head in heads):
-            kept = _only(tensors, "backbone.", f"{kind} head: the backbone alone is read", left_out)
-            return kept, [*wrapping, "backbone.", kind]
-    # mmpretrain's files stay as they are: its names are told by their parts, backbone, neck and head.
-    # Trackers have the authors' names after the prefix, or Fast-iTPN's, with three projections in attention.
-    theirs = "backbone.absolute_pos_embed" in tensors
-    if theirs or any(n.startswith("backbone.") and n.endswith(".attn.q_proj.weight") for n in tensors):
-        kept = _only(tensors, "backbone.", "no part of the backbone", left_out)
-        return kept, [*wrapping, "backbone."]
-    return tensors, wrapping
-
-
-def _all_start(names: Iterable[str], prefix: str) -> bool:
-    return all(name.startswith(prefix) and name != prefix for name in names)
-
-
-def _any_start(names: Iterable[str], prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in names)
-
-
-def _only(
-    tensors: dict[str, Tensor], prefix: str, reason: str, left_out: dict[str, str]
-) -> dict[str, Tensor]:
-    left_out |= _grouped((name for name in tensors if not name.startswith(prefix)), reason)
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-def _grouped(names: Iterable[str], reason: str, kind: str = "tensors") -> dict[str, str]:
-    """One entry for all names of one part."""
-    names = list(names)
-    counts = Counter(name.partition(".")[0] for name in names)
-    whole = set(names)
-    return {
-        part if count == 1 and part in whole else f"{part}.* ({count:,} {kind})": reason
-        for part, count in counts.items()
-    }
+def _names(entries: Mapping[Any, Any]) -> str:
+    named = ", ".join(printable(_label(name))[:40] for name in list(entries)[:8])
+    return f"{len(entries):,} entries: {named or 'none'}"
 
 
 def capped(left_out: Mapping[str, str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ import collections
 import enum
 import hashlib
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -16,9 +17,10 @@ from torch import nn
 
 from itpn.errors import UserError
 from itpn.weights.convert import read_foreign
-from itpn.weights.wrappings import MAX_LISTED
+from itpn.weights.wrappings import MAX_LISTED, Wanted
 
 STATE = {
+    "patch_embed.proj.weight": torch.randn(2, 3, 4, 4),
     "absolute_pos_embed": torch.randn(1, 4, 8),
     "blocks.0.mlp.fc1.weight": torch.randn(6, 8),
     "blocks.0.mlp.fc1.bias": torch.randn(6),
@@ -34,9 +36,9 @@ def prefixed(prefix, state=STATE):
     return {f"{prefix}{name}": tensor for name, tensor in state.items()}
 
 
-def read(tmp_path, content, name="file.pth", *, ema=False, **save):
+def read(tmp_path, content, name="file.pth", *, leave_out=(), wanted=None, **save):
     torch.save(content, tmp_path / name, **save)
-    return read_foreign(tmp_path / name, ema=ema)
+    return read_foreign(tmp_path / name, Wanted(**(wanted or {})), leave_out)
 
 
 def is_state(found, state=STATE):
@@ -133,7 +135,7 @@ def test_averaged_weights_only_where_asked_for_or_alone(tmp_path, entry):
     found = read(tmp_path, both)
     assert is_state(found, plain)
     assert "averaged" in found.left_out[entry]
-    found = read(tmp_path, both, ema=True)
+    found = read(tmp_path, both, wanted={"ema": True})
     assert is_state(found)
     assert found.wrapping == (entry,)
     assert "plain" in found.left_out["model"]
@@ -141,7 +143,7 @@ def test_averaged_weights_only_where_asked_for_or_alone(tmp_path, entry):
     assert is_state(found)
     assert found.wrapping == (entry,)
     with pytest.raises(UserError, match="no averaged weights"):
-        read(tmp_path, {"model": plain}, ema=True)
+        read(tmp_path, {"model": plain}, wanted={"ema": True})
 
 
 def test_what_averaging_counts_is_no_weight(tmp_path):
@@ -150,9 +152,111 @@ def test_what_averaging_counts_is_no_weight(tmp_path):
     assert found.left_out == {"steps": "training state"}
 
 
-def test_a_prefix_of_some_names_only_stays(tmp_path):
-    state = prefixed("module.") | {"head.weight": torch.ones(2)}
+def test_a_prefix_of_some_names_only_stays_where_it_is_no_models(tmp_path):
+    state = prefixed("module.", {"conv1.weight": torch.ones(2)}) | {"head.weight": torch.ones(2)}
     assert is_state(read(tmp_path, state), state)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["model.", "net._orig_mod.", "module.", "a.b.0.", "model._orig_mod.module."]
+)
+def test_a_metric_beside_the_model_is_left_out(tmp_path, prefix):
+    metrics = {
+        "train_acc.correct": torch.ones(1),
+        "train_acc.total": torch.ones(1),
+        "loss.weight": torch.ones(2),
+    }
+    found = read(tmp_path, {"state_dict": prefixed(prefix) | metrics, "epoch": 1})
+    assert is_state(found)
+    out = dict.fromkeys(["train_acc.* (2 tensors)", "loss.* (1 tensors)"], "no part of the backbone")
+    assert found.left_out == out | {"epoch": "training state"}
+
+
+def test_what_torch_puts_into_names_comes_off_everywhere(tmp_path):
+    wrapped = {
+        name.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module._orig_mod."): value
+        for name, value in prefixed("_fsdp_wrapped_module.").items()
+    }
+    found = read(tmp_path, wrapped)
+    assert is_state(found)
+    assert found.wrapping == ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+    twice = STATE | prefixed("_orig_mod.", {"absolute_pos_embed": torch.ones(1)})
+    assert is_state(read(tmp_path, twice, leave_out=["_orig_mod.*"]))
+
+
+TWO = {
+    "entries": {"student": STATE, "teacher": {k: v + 1 for k, v in STATE.items()}},
+    "entries in an entry": {"checkpoint": {"net": STATE, "model": prefixed("encoder."), "epoch": 1}},
+    "prefixes": prefixed("student.backbone.") | prefixed("teacher.backbone.") | {"loss.a": torch.ones(1)},
+    "prefixes in a prefix": {"state_dict": prefixed("module.a.") | prefixed("module.b._orig_mod.encoder.")},
+}
+
+
+@pytest.mark.parametrize("content", TWO.values(), ids=TWO.keys())
+def test_of_two_models_each_is_read_as_the_message_says(tmp_path, content):
+    with pytest.raises(UserError, match="holds 2 models; say which with --") as caught:
+        read(tmp_path, content)
+    options = re.findall(r"--(entry|prefix) (\S+)", str(caught.value))
+    assert len(options) == 2
+    first, second = (read(tmp_path, content, wanted={name: value}) for name, value in options)
+    assert is_state(first) and second.tensors.keys() == STATE.keys()
+    assert (
+        "plain weights, not asked for" in first.left_out.values()
+        or "not asked for" in first.left_out.values()
+    )
+
+
+def test_a_model_under_an_entry_of_any_name_is_found(tmp_path):
+    optimizer = {"state": {"exp_avg": STATE}}
+    found = read(
+        tmp_path,
+        {"run": {"generator": prefixed("a."), "epoch": 1}, "optimizer": optimizer, "model": {"depth": 3}},
+    )
+    assert is_state(found)
+    assert found.wrapping == ("run", "generator", "a.")
+
+
+def test_an_entry_and_a_prefix_that_are_not_there(tmp_path):
+    content = {"net": prefixed("encoder.body.") | {"decoder.a": torch.ones(1)}, "epoch": 3}
+    with pytest.raises(UserError, match="--entry nte: there is no nte in 2 entries: net, epoch"):
+        read(tmp_path, content, wanted={"entry": "nte"})
+    with pytest.raises(
+        UserError, match=r"--prefix body\.: no tensor's name starts so; models start with encoder.body."
+    ):
+        read(tmp_path, content, wanted={"prefix": "body"})
+    assert is_state(read(tmp_path, content, wanted={"entry": "net", "prefix": "encoder.body."}))
+    with pytest.raises(UserError, match="holds a value of type int, no weights by name"):
+        read(tmp_path, content, wanted={"entry": "epoch"})
+
+
+def test_averaged_weights_under_a_prefix(tmp_path):
+    content = {
+        "state_dict": prefixed("model.") | prefixed("ema_model.module.", {k: v + 1 for k, v in STATE.items()})
+    }
+    assert is_state(read(tmp_path, content))
+    averaged = read(tmp_path, content, wanted={"ema": True})
+    assert torch.equal(averaged.tensors["absolute_pos_embed"], STATE["absolute_pos_embed"] + 1)
+    assert averaged.wrapping == ("state_dict", "ema_model.module.")
+
+
+def test_leaving_out_by_names_in_the_file_and_by_plain_names(tmp_path):
+    content = {"net": prefixed("student.") | prefixed("teacher.")}
+    found = read(tmp_path, content, leave_out=["teacher.*", "*.fc1.bias", "absolute_pos_embed"])
+    assert found.tensors.keys() == {"patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"}
+    assert found.left_out == dict.fromkeys(
+        ["teacher.* (4)", "*.fc1.bias (2)", "absolute_pos_embed (1)"], "as asked"
+    )
+    with pytest.raises(UserError, match=r"--leave-out norm.\*: no key is like that"):
+        read(tmp_path, content, leave_out=["teacher.*", "norm.*"])
+
+
+def test_entries_that_hold_one_another_many_times_take_no_time(tmp_path):
+    """As entries of entries they would be too many to look at one by one."""
+    inside = dict(STATE)
+    for _ in range(40):
+        inside = {"a": inside, "b": inside}
+    with pytest.raises(UserError, match="holds 2 models; say which with --entry a or --entry b"):
+        read(tmp_path, inside)
 
 
 @pytest.mark.parametrize("prefix", ["encoder.", "encoder.body.", "backbone.body."])
@@ -166,7 +270,8 @@ def test_the_encoder_alone_is_kept(tmp_path, prefix):
 
 @pytest.mark.parametrize("rest", [{"neck.ln1.weight": torch.ones(1)}, {"head.fc.weight": torch.ones(1)}, {}])
 def test_files_of_mmpretrain_keep_their_names(tmp_path, rest):
-    state = prefixed("backbone.", {"pos_embed": torch.ones(1, 4, 8)}) | rest
+    stem = {"patch_embed.proj.weight": torch.ones(2, 3, 4, 4)}
+    state = prefixed("backbone.", {"pos_embed": torch.ones(1, 4, 8)} | stem) | rest
     found = read(tmp_path, {"meta": {}, "state_dict": state})
     assert is_state(found, state)
     assert found.left_out == {"meta": "settings"}
@@ -174,14 +279,15 @@ def test_files_of_mmpretrain_keep_their_names(tmp_path, rest):
 
 @pytest.mark.parametrize("position", ["absolute_pos_embed", "pos_embed"])
 def test_detectors_and_segmentors(tmp_path, position):
-    state = {position: torch.ones(1, 4, 8), "blocks.0.norm2.weight": torch.ones(8)}
+    stem = {"patch_embed.proj.weight": torch.ones(2, 3, 4, 4)}
+    state = {position: torch.ones(1, 4, 8), "blocks.0.norm2.weight": torch.ones(8)} | stem
     found = read(tmp_path, {"state_dict": prefixed("backbone.", state) | HEADS})
     assert is_state(found, state)
-    assert found.wrapping == ("state_dict", "backbone.", "detector")
+    assert found.wrapping == ("state_dict", "backbone.", "detector heads")
     assert found.left_out.keys() == {"rpn_head.* (2 tensors)", "roi_head.* (1 tensors)"}
     assert all(reason.startswith("detector head:") for reason in found.left_out.values())
     heads = {"decode_head.conv_seg.weight": torch.ones(2), "auxiliary_head.conv.weight": torch.ones(2)}
-    assert read(tmp_path, prefixed("backbone.", state) | heads).wrapping == ("backbone.", "segmentor")
+    assert read(tmp_path, prefixed("backbone.", state) | heads).wrapping == ("backbone.", "segmentor heads")
 
 
 def test_a_detectors_backbone_alone(tmp_path):
