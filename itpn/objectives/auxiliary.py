@@ -11,7 +11,9 @@ from itpn.nn.positions import Relative
 class Auxiliary(nn.Module):
     """Two blocks, a LayerNorm and a linear layer on a block of stage 3; its bias tables are its own.
 
-    The blocks' LayerNorms have epsilon 1e-5, whatever the backbone's, as the released weights need.
+    Beside a backbone without relative positions the tables are there, as in the authors' files, and frozen:
+    nothing adds them. The blocks' LayerNorms have epsilon 1e-5 whatever the backbone's, as the released
+    weights need.
     """
 
     def __init__(self, config: HiViTConfig, target_width: int) -> None:
@@ -32,9 +34,17 @@ class Auxiliary(nn.Module):
         self.norm = nn.LayerNorm(width, config.norm_eps)
         self.head = nn.Linear(width, target_width)
         init_linears(self, "normal")
+        for name, parameter in self.named_parameters():
+            if name.endswith(".relative_position"):
+                parameter.requires_grad_(config.relative_position_bias)
 
-    def forward(self, tokens: Tensor, relative: Relative, drop: Tensor | None = None) -> Tensor:
-        """``drop [B, 4]``: the samples' numbers for drop path."""
+    def forward(self, tokens: Tensor, relative: Relative | None, drop: Tensor | None = None) -> Tensor:
+        """Tokens of stage 3 ``[B, N, C]`` to the teacher's.
+
+        Args:
+            relative: the backbone's pairs of positions.
+            drop: the samples' numbers for drop path, ``[B, 4]``.
+        """
         drops = [None, None] if drop is None else drop.chunk(2, dim=1)
         for block, uniform in zip(self.blocks, drops, strict=True):
             tokens = block(tokens, relative, uniform)

@@ -16,7 +16,6 @@ from itpn.errors import UserError
 from itpn.nn.hivit import LARGEST, Features
 from itpn.nn.layers import GlobalBlock, init_linears, to_map, units_of
 from itpn.nn.normalise import Normalise
-from itpn.nn.positions import Relative, relative_index
 from itpn.nn.pyramid import Model, ModelConfig, level_maps
 from itpn.objectives.auxiliary import Auxiliary
 from itpn.objectives.decoder import DecoderConfig, LevelEmbeds, UnitEmbeds, mean_over_hidden
@@ -214,11 +213,7 @@ class DistillObjective(nn.Module):
         levels = self.embed(pyramid(Features(c4, c8, c16)))
         norm = pyramid.norm if self.norm is None else self.norm
         units = norm(reduce(torch.add, levels))
-        if self.auxiliary is None:
-            return units, None
-        method = backbone.config.relative_resampling
-        pairs = Relative(relative_index(grid).to(images.device), grid, method)
-        return units, self.auxiliary(tapped[0], pairs, last)
+        return units, self.auxiliary(tapped[0], relative, last) if self.auxiliary else None
 
     def _split_drops(self, drop: Tensor | None) -> tuple[Tensor | None, ...]:
         """The numbers for stages 1 and 2, for stage 3, and for the auxiliary branch."""

@@ -140,7 +140,7 @@ def kind_of(keys: Collection[str]) -> Kind:
     if "head.fc.weight" in keys:
         return "mean"
     if "head.weight" in keys:
-        return "norm-mean" if "norm.weight" in keys else "mean-norm"
+        return "norm-mean" if "norm.weight" in keys and "fc_norm.weight" not in keys else "mean-norm"
     return "backbone"
 
 

@@ -123,7 +123,7 @@ def resampled(weights: Weights, backbone: HiViTConfig) -> Weights:
         )
     for name, table in weights.tensors.items():
         old, new = there.relative_grid, backbone.relative_grid
-        if name.startswith("auxiliary."):  # its blocks have tables even where the backbone's have none
+        if name.startswith("auxiliary."):  # its blocks have tables even where the backbone has none
             old, new = old or there.grid, new or backbone.grid
         try:
             if name.endswith(".relative_position") and old and new:

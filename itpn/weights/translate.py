@@ -12,10 +12,10 @@ from torch import Tensor
 from itpn.errors import UserError, printable
 from itpn.nn.pyramid import ModelConfig
 from itpn.weights import files, names
+from itpn.weights.additions import without_additions
 from itpn.weights.families import FAMILIES, Given, config_of, family_of, kind_of
 from itpn.weights.files import Weights
 from itpn.weights.names import Kind
-from itpn.weights.trackers import without_additions
 
 NOT_OURS = dict.fromkeys(
     ["target_generator.*", "teacher.*"], "the teacher; distillation loads one from its own file"

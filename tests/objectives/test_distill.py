@@ -225,6 +225,14 @@ def test_it_learns_its_teacher(loss):
     assert losses[-1] < losses[0] - 0.3 * abs(losses[0])
 
 
+def test_the_auxiliary_branch_learns_tables_only_where_the_backbone_does():
+    for bias in (True, False):
+        objective = toy(model=toy_model(relative_position_bias=bias))
+        objective(toy_batch(objective))["loss"].backward()
+        table = objective.auxiliary.blocks[0].attn.relative_position
+        assert table.requires_grad == (table.grad is not None) == bias
+
+
 def test_drop_path_covers_the_auxiliary_blocks():
     objective = toy(model=toy_model(drop_path=0.9, layer_scale=0.1)).train()
     batch = toy_batch(objective)

@@ -1,5 +1,6 @@
 """Every reference model, number by number, through `itpn convert`: keys, inferred sizes and outputs."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,9 @@ from itpn.nn.pyramid import detection_maps, segmentation_maps
 from itpn.objectives.distill import distill_loss
 from itpn.objectives.masking import hidden_units, kept_ids
 from itpn.objectives.pixel import PixelConfig, PixelObjective
+from itpn.weights.families import Given
+from itpn.weights.files import NOWHERE, Weights
+from itpn.weights.translate import translate, write_back
 from tests.weights.released import close, converted, gradients_close, load, module
 
 GRID = (4, 4)
@@ -164,6 +168,25 @@ def test_clip_pretraining():
     close(loss, tensors["loss"][0])
     loss.backward()
     gradients_close("clip_pretrain", student)
+
+
+def test_bias_tables_beside_a_backbone_without_any_are_never_added():
+    """As the authors' pre-training without relative positions saves them."""
+    _, state = load("clip_pretrain")
+    state = {key: value for key, value in state.items() if not re.match(r"relative_|blocks.*relative_", key)}
+    images, hidden = torch.randn(1, 3, 64, 64), torch.zeros(1, 16, dtype=torch.bool)
+    predictions = []
+    for filling in (state, {key: 0 * value for key, value in state.items() if "bias_table" in key}):
+        translated = translate(state | filling, given=Given(num_heads=2))
+        weights = Weights(NOWHERE, translated.tensors, translated.config)
+        back = write_back(weights, "official-clip")
+        assert back.keys() == state.keys()
+        assert all(torch.equal(back[key], value) for key, value in (state | filling).items())
+        predictions.append(module(weights).predict(images, hidden).auxiliary)
+    assert any(
+        "cls_pt_layers" in key and value.abs().max() > 0.01 for key, value in state.items() if "bias" in key
+    )
+    assert torch.equal(*predictions)
 
 
 def test_mmpretrains_clip_pretraining():

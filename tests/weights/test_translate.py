@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from itpn import cli
 from itpn.errors import UserError
 from itpn.nn.hivit import HiViTConfig
 from itpn.nn.layers import to_map
@@ -144,6 +146,56 @@ def test_a_fast_pyramid_is_convolutions_and_transposed_convolutions():
         normed = to_map(layer.norm(x), grid)
         expected = convolution(normed, theirs[f"{key}.weight"], theirs[f"{key}.bias"], stride=stride)
         torch.testing.assert_close(to_map(layer(x), grid), expected, atol=1e-5, rtol=0)
+
+
+BLOCK = ("norm2", "mlp.fc1", "mlp.fc2")
+LAYERS = {
+    "align_dim_16tofpn", "align_dim_16to8", "align_dim_8to4", "split_16to8.norm", "split_16to8.reduction",
+    "split_8to4.norm", "split_8to4.reduction", "norm", "lm_head",
+    *(f"{block}.0.{layer}" for block in ("block_16to8", "block_8to4") for layer in BLOCK),
+    *(f"fpn_modules.{level}.{layer}" for level in range(3) for layer in BLOCK),
+    *(f"decoder_embed.{level}.{layer}" for level in range(3) for layer in (0, 1)),
+}  # fmt: skip
+"""What Fast-iTPN's pre-training has beside the trunk, by the names of a published log."""
+
+
+def fast_pretraining():
+    """A file's state under exactly these names, each with weight and bias."""
+    student = toy_fast_student()
+    tensors = {name.removeprefix("model."): value for name, value in student.state_dict().items()}
+    config = {"model": asdict(student.model.config), "objective": asdict(student.config)}
+    state = write_back(Weights(Path("x"), tensors, config), "official-fast")
+    beside = {key for key in state if not key.startswith(("patch_embed.", "pos_embed", "blocks."))}
+    assert beside == {f"{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bias")} | {"mask_token"}
+    return state
+
+
+def test_a_file_of_fast_itpns_pre_training_goes_there_and_back(tmp_path):
+    state = fast_pretraining()
+    torch.save({"model": state, "epoch": 1}, tmp_path / "fast.pth")
+    ours, back = tmp_path / "ours.safetensors", tmp_path / "back.safetensors"
+    assert cli.main(["convert", str(tmp_path / "fast.pth"), str(ours), "--num-heads", "2"]) == 0
+    assert files.read(ours).parts == {"backbone", "pyramid", "embed", "mask_token", "head"}
+    assert files.read(ours).source["left_out"] == {"epoch": "training state"}
+    assert cli.main(["convert", str(ours), str(back), "--to", "official-fast"]) == 0
+    found = load_file(back)
+    assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
+
+
+def test_a_classifier_among_the_names_of_its_pre_training():
+    """What is not asked for is left out, and either can be asked for."""
+    student = fast_pretraining()
+    head = {"fc_norm.weight": torch.ones(32), "fc_norm.bias": torch.ones(32)}
+    head |= {"head.weight": torch.ones(3, 32), "head.bias": torch.ones(3)}
+    both = student | head
+    with pytest.raises(
+        UserError, match=r"no place for fc_norm\.weight, fc_norm\.bias, head\.weight, head\.bias"
+    ):
+        translate(both, given=Given(num_heads=2))
+    classifier = translate(without(both, "lm_head.weight", "lm_head.bias"), given=Given(num_heads=2))
+    assert classifier.kind == "mean-norm" and "norm.weight" in classifier.left_out
+    assert {name.split(".")[0] for name in classifier.tensors} == {"backbone", "norm", "head"}
+    assert translate(without(both, *head), given=Given(num_heads=2)).kind == "distill"
 
 
 def test_a_fast_student_goes_there_and_back():

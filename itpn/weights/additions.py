@@ -1,4 +1,4 @@
-"""What trackers and others add to the backbone that they start from, and how it is taken out again."""
+"""What trackers and others add to the model that they start from, and how it is taken out again."""
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -24,6 +24,10 @@ BESIDE = {
 """What may stand beside a backbone, and why it stays out."""
 NORM = {"norm.*": BESIDE["fc_norm.*"]}
 """The same where there is no pyramid, whose norm has this name."""
+PRETRAINING = dict.fromkeys(
+    ["align_dim_*", "split_*", "block_*", "fpn_modules.*", "decoder_embed.*", "mask_token"],
+    "of pre-training, beside a classifier; --leave-out 'head.*' 'fc_norm.*' takes it instead",
+)
 SMALLEST_TEMPLATE = 4
 """Units per side of a template; one of half the search image's side may be smaller."""
 
@@ -41,6 +45,8 @@ def without_additions(
     if kind == "backbone":
         with_pyramid = any(key.startswith("align_dim_") for key in state)
         rules |= BESIDE if with_pyramid else BESIDE | NORM
+    elif kind == "mean-norm":
+        rules |= PRETRAINING | dict.fromkeys(NORM, PRETRAINING["mask_token"])
     for pattern, reason in rules.items():
         left_out |= {key: reason for key in state if fnmatchcase(key, pattern)}
     kept = {key: value for key, value in state.items() if key not in left_out}
