@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from itpn import cli
 from itpn.recipes.pretrain import demo
 from itpn.tasks.common import config_of
 from itpn.tasks.pretrain import build
 from itpn.weights import files
+from tests.weights.released import converted, load
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -41,16 +43,21 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
 
 
 def test_the_python_of_the_page_about_weights_runs(tmp_path, monkeypatch):
-    """In order, with the bundled nano model for a base."""
+    """In order, with the bundled nano model for a base and a Fast-iTPN written back as theirs."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/weights.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     Path("base.safetensors").write_bytes(files.NANO.read_bytes())
+    fast = converted("fast_finetune_meanpool")
+    files.save(Path("fast.safetensors"), fast.tensors, fast.config)
+    assert cli.main(["convert", "fast.safetensors", "theirs.safetensors", "--to", "official-fast"]) == 0
     names = {"images": torch.zeros(1, 3, 96, 128)}
     for code in blocks:
         exec(code.replace("itpn_base", "itpn_nano"), names)
     assert list(names["maps"]) == ["p4", "p8", "p16", "p32", "p64"]
     [found] = names["detector"].eval()([torch.rand(3, 96, 128)])
     assert found["boxes"].shape[1] == 4
+    theirs, (_, state) = torch.load("theirs.pt", weights_only=True)["model"], load("fast_finetune_meanpool")
+    assert theirs.keys() == state.keys() and all(torch.equal(theirs[key], state[key]) for key in state)
 
 
 def test_the_bundled_weights_are_what_their_card_says():

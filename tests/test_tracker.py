@@ -37,10 +37,44 @@ def tokens(backbone, num, seed=0):
 
 
 def test_the_example_finds_the_template(tracker, capsys):
-    found = tracker.main()
-    assert found.shape == (8, 8)
-    assert found[4:, 4:].min() > found[:4].max()
-    assert len(capsys.readouterr().out.splitlines()) == 8
+    maps = tracker.main()
+    for found in maps.values():
+        assert found.shape == (8, 8)
+        assert found[4:, 4:].min() > found[:4].max()
+    assert len(maps) == 2 and len(capsys.readouterr().out.splitlines()) == 2 * 9
+
+
+def test_six_channels_see_two_images_and_of_one_twice_the_same_as_three(tracker, backbone):
+    wide, images = tracker.with_six_channels(backbone), torch.randn(2, 3, 64, 64)
+    expected = backbone(images)
+    for found, three in zip(wide(torch.cat([images, images], 1)), expected, strict=True):
+        torch.testing.assert_close(found, three, atol=1e-4, rtol=1e-4)
+    other = wide(torch.cat([images, torch.zeros_like(images)], 1))
+    assert not torch.allclose(other.c16, expected.c16, atol=1e-2)
+
+
+def test_a_templates_positions_are_made_of_the_search_images(tracker):
+    """Places on a plane: the corners of both grids meet, or the upper left parts do."""
+    place = torch.cartesian_prod(torch.arange(14.0), torch.arange(14.0))
+    cut = tracker.template_positions(place, (14, 14), (7, 5), cut=True)
+    assert torch.equal(cut, torch.cartesian_prod(torch.arange(7.0), torch.arange(5.0)))
+    resized = tracker.template_positions(place, (14, 14), (7, 7), cut=False).unflatten(0, (7, 7))
+    for row, col in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        torch.testing.assert_close(resized[row, col], place.unflatten(0, (14, 14))[row, col])
+    torch.testing.assert_close(resized[3, 3], torch.tensor([6.5, 6.5]))
+
+
+def test_taps_are_counted_with_the_merges(tracker, backbone):
+    """Their list holds a block of stage 1, a merge, a block of stage 2, a merge, and then stage 3."""
+    assert tracker.taps_of(backbone, [4, 5]) == [0, 1]
+    with pytest.raises(SystemExit, match="stage 3 starts with their block 4"):
+        tracker.taps_of(backbone, [3])
+    template, search = tokens(backbone, 4), tokens(backbone, 9, 1)
+    last = 3 + len(backbone.stage3)
+    _, after, tapped = tracker.joint(backbone, template, search, tracker.taps_of(backbone, [4, last]))
+    first = backbone.stage3[0](torch.cat([template, search], 1))[:, 4:]
+    torch.testing.assert_close(tapped[0], first)
+    torch.testing.assert_close(tapped[1], after)
 
 
 def test_each_image_has_positions_on_its_own_grid(tracker, backbone):
@@ -53,7 +87,7 @@ def test_each_image_has_positions_on_its_own_grid(tracker, backbone):
 
 def test_an_empty_search_leaves_the_template_alone(tracker, backbone):
     template = tokens(backbone, 16)
-    together, rest = tracker.joint(backbone, template, template[:, :0])
+    together, rest, _ = tracker.joint(backbone, template, template[:, :0])
     assert rest.shape[1] == 0
     torch.testing.assert_close(together, backbone.context(template)[0])
 
@@ -62,20 +96,20 @@ def test_an_empty_search_leaves_the_template_alone(tracker, backbone):
 @given(num=st.integers(1, 20), seed=st.integers(0, 99))
 def test_template_and_search_are_one_set(tracker, backbone, num, seed):
     template, search = tokens(backbone, 7, seed), tokens(backbone, num, seed + 1)
-    first, second = tracker.joint(backbone, template, search)
-    swapped_second, swapped_first = tracker.joint(backbone, search, template)
+    first, second, _ = tracker.joint(backbone, template, search)
+    swapped_second, swapped_first, _ = tracker.joint(backbone, search, template)
     torch.testing.assert_close(first, swapped_first, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(second, swapped_second, atol=1e-4, rtol=1e-4)
     order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))
-    again, permuted = tracker.joint(backbone, template, search[:, order])
+    again, permuted, _ = tracker.joint(backbone, template, search[:, order])
     torch.testing.assert_close(first, again, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(second[:, order], permuted, atol=1e-4, rtol=1e-4)
 
 
 def test_the_search_sees_the_template(tracker, backbone):
     template, search = tokens(backbone, 4), tokens(backbone, 9, 1)
-    _, second = tracker.joint(backbone, template, search)
-    _, without = tracker.joint(backbone, template[:, :0], search)
+    _, second, _ = tracker.joint(backbone, template, search)
+    _, without, _ = tracker.joint(backbone, template[:, :0], search)
     assert not torch.allclose(second, without, atol=1e-2)
 
 
