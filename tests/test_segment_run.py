@@ -322,6 +322,39 @@ def test_bad_labels_stop_a_run_unless_they_are_left_out(images, tmp_path):
     assert len((tmp_path / "run/bad_images.jsonl").read_text().splitlines()) == 2
 
 
+def renumbered(images, folder, split, number):
+    """A copy in which the label pictures of a split have 0 and another number, by columns."""
+    shutil.copytree(images, folder)
+    for path in (folder / "labels" / split).iterdir():
+        Image.fromarray(np.resize([0, number], (40, 56)).astype(np.uint8)).save(path)
+    return folder
+
+
+def test_masks_of_0_and_255_train_with_the_option_that_the_refusal_names(images, tmp_path, capsys):
+    root = renumbered(images, tmp_path / "images", "train", 255)
+    (root / "classes.txt").write_text("background\nbuilding\n")
+    shutil.rmtree(root / "images/val")
+    given = recipe(root, tmp_path / "run", {"iterations": 3, "batch_size": 2, "picture_every": 0})
+    with pytest.raises(UserError, match=r"all labels are of one class, 'background'.*--data\.values 0 255$"):
+        segment(given)
+    assert not (tmp_path / "run").exists()
+    segment(replace(given, data=replace(given.data, values=(0, 255))))
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert [row["num_pixels"] for row in report["classes"]] == [1120, 1120] and report["warnings"] == []
+
+
+def test_validation_labels_of_one_class_are_no_measure(images, tmp_path, capsys):
+    root = renumbered(images, tmp_path / "images", "val", 0)
+    given = recipe(root, tmp_path / "run", {"iterations": 3, "batch_size": 2, "picture_every": 0})
+    segment(replace(given, eval_every=2))
+    printed = capsys.readouterr().out
+    assert "warning: val: all labels are of one class, 'red', in the 3 label pictures" in printed
+    assert "is not known to be best" in printed and "mIoU" not in printed
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert (report["miou"], report["pixel_accuracy"]) == (None, None)
+    assert report["warnings"][0].startswith("val: all labels are of one class")
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -54,15 +54,15 @@ class CheckData:
     split, place, annotation, image, reason, left_out."""
     image_size: int = 224
     """Images with a side shorter than this are counted; training enlarges them."""
-    num_classes: int | None = None
+    num_classes: Annotated[int | None, tyro.conf.arg(aliases=["--data.num-classes"])] = None
     """Of masks: how many classes there are, where no file names them."""
-    names: Path | None = None
+    names: Annotated[Path | None, tyro.conf.arg(aliases=["--data.names"])] = None
     """Of masks: a text file with a class name a line. None: DIR/classes.txt if it is there."""
-    ignored: int | None = IGNORED
+    ignored: Annotated[int | None, tyro.conf.arg(aliases=["--data.ignored"])] = IGNORED
     """Of masks: the number that marks pixels without a label."""
-    zero_is_no_label: bool = False
+    zero_is_no_label: Annotated[bool, tyro.conf.arg(aliases=["--data.zero-is-no-label"])] = False
     """Of masks: 0 marks pixels without a label, and the classes count from 1."""
-    values: tuple[int, ...] = ()
+    values: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--data.values"])] = ()
     """Of masks: the number that each class is stored as, such as 0 255; empty: they follow one another."""
     annotations: Path | None = None
     """Of COCO: an instances file, of which DIR holds the images; replaces the search."""

@@ -211,10 +211,12 @@ def _write(world: World, console: Console, write: Callable[[], list[Path]]) -> N
 
 def table_of(found: Report, names: tuple[str, ...]) -> Table:
     """The numbers over all images, then the classes, the worst first."""
-    title = (
-        f"{found.images:,} images: top-1 {found.top1:.2%}, top-5 {found.top5:.2%}, mean over classes "
-        f"{found.class_top1:.2%}, loss {found.loss:.4f}, calibration error {found.ece:.4f}"
+    accuracy = (
+        f"top-1 {found.top1:.2%}, top-5 {found.top5:.2%}, mean over classes {found.class_top1:.2%}"
+        if found.tells
+        else "all of one class, so that accuracy tells nothing"
     )
+    title = f"{found.images:,} images: {accuracy}, loss {found.loss:.4f}, calibration error {found.ece:.4f}"
     rows = Table("class", title=title, title_justify="left")
     for column in ("images", "right"):
         rows.add_column(column, justify="right")

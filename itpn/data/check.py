@@ -28,6 +28,12 @@ class LabelLook(NamedTuple):
     """How many pixels each of them has."""
     num_unlabelled: int
     """How many have no label."""
+    ignored: tuple[int, ...] = ()
+    """The numbers that are stored for these."""
+    colours: dict[int, bytes] = {}  # noqa: RUF012 - a named tuple's default, never changed
+    """Red, green and blue of each number, where the picture has a palette."""
+    turned: bool | None = None
+    """Of an image that EXIF turns: whether the size tells that the labels are turned, too."""
 
 
 class Look(NamedTuple):

@@ -94,10 +94,17 @@ def check_same_classes(train: Images, val: Images) -> tuple[str, ...]:
     """The names of the classes, by class id, once the two splits agree on them.
 
     Raises:
-        UserError: one has no classes, or other ones, which are listed, or the same in another order.
+        UserError: one has no classes, or other ones, which are listed, or the same in another order; or all
+            images to evaluate on are of one class.
     """
     ours, theirs = class_names_of(train), class_names_of(val)
     if ours == theirs:
+        assert val.labels is not None
+        if (val.labels == val.labels[0]).all():
+            raise UserError(
+                f"{val.description}: all are of one class, {theirs[int(val.labels[0])]!r}, so that nothing "
+                "can be measured; add images of others"
+            )
         return ours
     if set(ours) == set(theirs):
         raise UserError(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,9 +86,9 @@ class Labelling:
         classes = f"{numbers[0]:,} to {numbers[-1]:,}"
         if self.values:
             classes = listed(self.values)
-        cure = "if they are, name all classes, or give their numbers in order with --data.values"
+        cure = "name all classes, or give their numbers in order with --data.values"
         if [*odd] == [numbers[-1] + 1] and numbers[0] == 0:
-            cure = "if classes count from 1, give --data.zero-is-no-label; " + cure
+            cure = f"if classes count from 1, give --data.zero-is-no-label; else {cure}"
         if len(odd) > _FEW:
             cure += f"; if edges were smoothed or JPEG was used on the way, {CONVERT}"
         return (
@@ -123,29 +123,45 @@ def read_labels(path: Path, labelling: Labelling, size: Size | None = None) -> L
     Raises:
         BadImageError: it is no such file, or of another size, or has a number that is no class.
     """
+    return read_stored(path, labelling, size).ids
+
+
+class Stored(NamedTuple):
+    """A label picture as its file has it, and as it is understood."""
+
+    numbers: NDArray[Any]
+    """What is stored for each pixel, [H, W]."""
+    ids: Labels
+    palette: bytes
+    """Three bytes for each number, where there is a palette."""
+
+
+def read_stored(path: Path, labelling: Labelling, size: Size | None = None) -> Stored:
+    """A label picture with its numbers and its palette; see `read_labels`."""
     data = read_file(path)
-    with blame(path):
-        return labelling.ids(_stored(data, size))
+    with blame(path), _opened(data) as image:
+        palette = bytes(image.getpalette() or ()) if image.mode == "P" else b""
+        numbers = _numbers(image, data, size)
+        return Stored(numbers, labelling.ids(numbers), palette)
 
 
-def _stored(data: bytes, size: Size | None) -> NDArray[Any]:
-    """The numbers [H, W] in a picture that is a file's content."""
-    with _opened(data) as image:
-        check_coding(image)
-        if size is not None and image.size != size[::-1]:
-            (height, width), (across, down) = size, image.size
-            turned = image.size == size
-            cure = "turn one of them, pixels or EXIF" if turned else "scale them without smoothing"
-            raise ValueError(f"{across} x {down} labels for an image of {width} x {height} pixels; {cure}")
-        depth = _depth(image, data)
-        if image.mode in _COLOURS:
-            return _grey(image, depth)
-        if image.mode not in _NUMBERS:
-            raise ValueError(f"a {image.format} of mode {image.mode} holds no labels; {CONVERT}")
-        values = np.array(image)
-        if image.mode == "L":
-            values = values // _SPREAD.get(depth, 1)
-        return _whole(values)
+def _numbers(image: Image.Image, data: bytes, size: Size | None) -> NDArray[Any]:
+    """The numbers [H, W] in a picture, and `data` in its file."""
+    check_coding(image)
+    if size is not None and image.size != size[::-1]:
+        (height, width), (across, down) = size, image.size
+        turned = image.size == size
+        cure = "turn one of them, pixels or EXIF" if turned else "scale them without smoothing"
+        raise ValueError(f"{across} x {down} labels for an image of {width} x {height} pixels; {cure}")
+    depth = _depth(image, data)
+    if image.mode in _COLOURS:
+        return _grey(image, depth)
+    if image.mode not in _NUMBERS:
+        raise ValueError(f"a {image.format} of mode {image.mode} holds no labels; {CONVERT}")
+    values = np.array(image)
+    if image.mode == "L":
+        values = values // _SPREAD.get(depth, 1)
+    return _whole(values)
 
 
 def _opened(data: bytes) -> Image.Image:

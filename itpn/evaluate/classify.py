@@ -65,6 +65,11 @@ class Report:
     reliability: Tensor
     """Per bin of confidence, number of images, mean confidence and accuracy: fp64 [15, 3]."""
 
+    @property
+    def tells(self) -> bool:
+        """Whether there are images of two classes or more: of one, always to say the same is right."""
+        return sum(result.images > 0 for result in self.classes) > 1
+
 
 def predict(
     logits_fn: OutputFn, images: Images, batch_size: int, through: Pass, progress: str = ""
@@ -122,13 +127,9 @@ def report(predictions: Predictions, class_names: Sequence[str]) -> Report:
 
 
 def scores(report: Report) -> dict[str, float]:
-    """The numbers of a report under their names in `metrics.jsonl`."""
-    return {
-        "val_top1": report.top1,
-        "val_top5": report.top5,
-        "val_loss": report.loss,
-        "val_ece": report.ece,
-    }
+    """The numbers of a report under their names in `metrics.jsonl`; no accuracy of a single class."""
+    accuracy = {"val_top1": report.top1, "val_top5": report.top5} if report.tells else {}
+    return accuracy | {"val_loss": report.loss, "val_ece": report.ece}
 
 
 def _class_results(confusion: Tensor, class_names: Sequence[str]) -> list[ClassResult]:

@@ -35,7 +35,11 @@ class ClassScore(NamedTuple):
 
 
 class SegmentationScores(NamedTuple):
-    """Numbers in 0..1; means are over the classes whose number is not NaN, as published."""
+    """Numbers in 0..1; means are over the classes whose number is not NaN, as published.
+
+    They are NaN themselves where the labels are of fewer than two classes: always to say the same is right
+    then, and tells nothing.
+    """
 
     miou: float
     pixel_accuracy: float
@@ -46,13 +50,18 @@ class SegmentationScores(NamedTuple):
     num_left_out: int
     """Images that could not be used."""
 
-    def numbers(self) -> dict[str, float]:
-        """What a log keeps."""
+    @property
+    def overall(self) -> dict[str, float]:
+        """The numbers over all classes by name."""
         return {
             "miou": self.miou,
             "pixel_accuracy": self.pixel_accuracy,
             "mean_accuracy": self.mean_accuracy,
         }
+
+    def numbers(self) -> dict[str, float]:
+        """What a log keeps: those that could be measured."""
+        return {name: number for name, number in self.overall.items() if not math.isnan(number)}
 
 
 @torch.no_grad()
@@ -117,10 +126,12 @@ def summed_up(
     right, there, said = counts.diagonal(), counts.sum(1), counts.sum(0)
     iou, accuracy = right / (there + said - right), right / there
     rows = zip(class_names, iou.tolist(), accuracy.tolist(), there.long().tolist(), strict=True)
+    overall = (float(iou.nanmean()), float(right.sum() / there.sum()), float(accuracy.nanmean()))
+    miou, pixel_accuracy, mean_accuracy = overall if there.count_nonzero() > 1 else (math.nan,) * 3
     return SegmentationScores(
-        miou=float(iou.nanmean()),
-        pixel_accuracy=float(right.sum() / there.sum()),
-        mean_accuracy=float(accuracy.nanmean()),
+        miou=miou,
+        pixel_accuracy=pixel_accuracy,
+        mean_accuracy=mean_accuracy,
         classes=tuple(ClassScore(*row) for row in rows),
         num_images=num_images,
         num_left_out=num_left_out,
@@ -131,9 +142,15 @@ def table(scores: SegmentationScores) -> str:
     """The three numbers, then a row per class, as text."""
     width = max(5, *(len(printable(row.name)) for row in scores.classes))
     left_out = f", {scores.num_left_out:,} left out" if scores.num_left_out else ""
+    measured = sum(not math.isnan(row.iou) for row in scores.classes)
+    found = (
+        f"mIoU {scores.miou:.2%} over {measured:,} of {len(scores.classes):,} classes, pixel accuracy "
+        f"{scores.pixel_accuracy:.2%}, mean accuracy {scores.mean_accuracy:.2%}"
+        if scores.numbers()
+        else "nothing can be measured, since the labels are of fewer than two classes,"
+    )
     lines = [
-        f"mIoU {scores.miou:.2%}, pixel accuracy {scores.pixel_accuracy:.2%}, mean accuracy "
-        f"{scores.mean_accuracy:.2%} on {scores.num_images:,} images{left_out}",
+        f"{found} on {scores.num_images:,} images{left_out}",
         f"{'class':{width}}  {'IoU':>6}  {'acc.':>6}  {'pixels':>6}",
     ]
     total = max(1, sum(row.num_pixels for row in scores.classes))

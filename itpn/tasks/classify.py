@@ -187,7 +187,8 @@ def write_report(
     path, picture = directory / "report.json", directory / "pictures" / "confusion.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     rows = [row._asdict() | ({} if row.images else {"top1": None}) for row in found.classes]
-    numbers = scores(found) | {"images": found.images, "unreadable": found.unreadable}
-    path.write_text(json.dumps(numbers | {"warnings": [*warnings], "classes": rows}, indent=1) + "\n")
+    numbers = {"val_top1": None, "val_top5": None, **scores(found)}  # null where nothing was measured
+    rest = {"images": found.images, "unreadable": found.unreadable, "warnings": [*warnings], "classes": rows}
+    path.write_text(json.dumps(numbers | rest, indent=1) + "\n")
     confusion_picture(found.confusion, found.reliability, names, picture)
     return [path, picture]

@@ -1,6 +1,7 @@
 """What fine-tuning a classifier, a detector and a segmenter have in common: the model to start from, the run,
 and its evaluations, which keep the best weights and leave a report."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
@@ -125,6 +126,7 @@ class Evaluation(ABC):
         run.finish(self.num_steps)
         best = self.kept.best
         told = ", ".join(f"{best[key]:.1%} {called}" for key, called in self.NAMES.items() if key in best)
+        told = told or "which is not known to be best: the validation images do not tell"
         run.say(f"finished: {directory / BEST} is of epoch {best['epoch']:g}, {told}; {LAST} beside it")
         run.say(f"look first at {run.pictures}: {self.PICTURE}, and curves.png")
 
@@ -191,10 +193,13 @@ class Kept:
         step: int,
         numbers: Mapping[str, float],
     ) -> None:
-        """Keeps the model where it is better than those before, and at the last step."""
+        """Keeps the model where it is better than those before, and at the last step.
+
+        Without the number that decides, any model is better than none, and a later one than an earlier one.
+        """
         measured = {"epoch": epoch, **numbers}
         before = self.best
-        better = self.key not in before or measured[self.key] > before[self.key]
+        better = self.key not in before or measured.get(self.key, -math.inf) > before[self.key]
         if better or before["epoch"] >= epoch:  # a later one is of a future that was gone back from
             self._save(BEST, model, {**config, "measured": measured})
         if step == self.last_step:

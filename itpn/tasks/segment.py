@@ -13,6 +13,7 @@ import torch
 from PIL.Image import Image
 
 from itpn.data.aligned import fitted
+from itpn.data.check_labels import check_classes
 from itpn.data.labelled import LabelledImages
 from itpn.data.picture import BadImageError
 from itpn.data.segmentation import SegmentationDataConfig, find_splits, train_crops
@@ -44,6 +45,7 @@ def segment(recipe: Segment) -> Path:
     """
     with join_world(recipe.loop.device) as world:
         images, val = find_splits(recipe.data, recipe.val_share)
+        check_classes(images)
         weights = files.read(recipe.init) if recipe.init else None
         recipe = settled(recipe, images.labelling.num_classes, weights)
         run = open_run(recipe, world)
@@ -199,7 +201,7 @@ def write_report(found: SegmentationScores, directory: Path, warnings: Sequence[
         "warnings": [*warnings],
         "classes": rows,
     }
-    path.write_text(json.dumps(_without_nan(found.numbers()) | rest, indent=1) + "\n")
+    path.write_text(json.dumps(_without_nan(found.overall) | rest, indent=1) + "\n")
     return path
 
 

@@ -86,3 +86,8 @@ def test_other_classes_are_listed() -> None:
 def test_another_order_is_an_error() -> None:
     with pytest.raises(UserError, match=r"another order.*classes\.txt"):
         check_same_classes(of_classes(dog=5, cat=1), of_classes(cat=5, dog=1))
+
+
+def test_images_of_one_class_cannot_tell_how_good_features_are() -> None:
+    with pytest.raises(UserError, match="all are of one class, 'cat', so that nothing can be measured"):
+        check_same_classes(of_classes(dog=5, cat=1), of_classes(dog=0, cat=3))

@@ -148,6 +148,14 @@ def test_each_class_has_its_row() -> None:
     assert found.top1 == pytest.approx(3 / 7)
 
 
+def test_images_of_one_class_are_no_measure_of_accuracy() -> None:
+    logits = 9.0 * torch.eye(3)[[1, 1, 1]]
+    found = reported(Predictions(torch.arange(3), torch.tensor([1, 1, 1]), logits))
+    assert scores(found).keys() == {"val_loss", "val_ece"}
+    found = reported(Predictions(torch.arange(3), torch.tensor([1, 1, 2]), logits))
+    assert scores(found)["val_top1"] == pytest.approx(2 / 3)
+
+
 def test_unreadable_images_count_as_wrong() -> None:
     whole = drawn(40, 4)
     labels = whole.labels.where(torch.arange(40) >= 10, -1)

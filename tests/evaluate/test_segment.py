@@ -106,17 +106,34 @@ def test_scores_are_torchmetrics(seed: int, num_classes: int, num_absent: int) -
 
 
 def test_scores_by_hand() -> None:
-    """Class b is never there but said once; c is neither."""
-    found = summed_up(torch.tensor([[6, 2, 0], [0, 0, 0], [0, 0, 0]]), "abc", 1)
-    assert found.miou == pytest.approx((6 / 8 + 0 / 2) / 2)
+    """Class c is never there but said once; d is neither."""
+    found = summed_up(torch.tensor([[6, 0, 2, 0], [1, 3, 0, 0], [0] * 4, [0] * 4]), "abcd", 1)
+    assert found.miou == pytest.approx((6 / 9 + 3 / 4 + 0 / 2) / 3)
     assert found.pixel_accuracy == found.mean_accuracy == 0.75
-    assert found.numbers() == {"miou": 0.375, "pixel_accuracy": 0.75, "mean_accuracy": 0.75}
-    assert [row.num_pixels for row in found.classes] == [8, 0, 0] and math.isnan(found.classes[1].accuracy)
+    assert found.numbers() == {"miou": found.miou, "pixel_accuracy": 0.75, "mean_accuracy": 0.75}
+    assert [row.num_pixels for row in found.classes] == [8, 4, 0, 0] and math.isnan(found.classes[2].accuracy)
     lines = table(found).splitlines()
-    assert lines[0] == "mIoU 37.50%, pixel accuracy 75.00%, mean accuracy 75.00% on 1 images"
+    assert lines[0] == (
+        "mIoU 47.22% over 3 of 4 classes, pixel accuracy 75.00%, mean accuracy 75.00% on 1 images"
+    )
     assert [line.split() for line in lines[2:]] == [
-        ["a", "75.0%", "75.0%", "100.00%"], ["b", "0.0%", "-", "0.00%"], ["c", "-", "-", "0.00%"],
+        ["a", "66.7%", "75.0%", "66.67%"], ["b", "75.0%", "75.0%", "33.33%"],
+        ["c", "0.0%", "-", "0.00%"], ["d", "-", "-", "0.00%"],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("matrix", [[[8, 0], [0, 0]], [[6, 2], [0, 0]], [[0, 0], [0, 0]]])
+def test_labels_of_one_class_or_none_are_no_measure(matrix: list[list[int]]) -> None:
+    found = summed_up(torch.tensor(matrix), "ab", 1)
+    assert found.numbers() == {} and all(math.isnan(number) for number in found.overall.values())
+    said = table(found)
+    assert said.startswith(
+        "nothing can be measured, since the labels are of fewer than two classes, on 1 images"
+    )
+    assert "nan" not in said
+
+
+def test_names_are_printed_without_escape_codes() -> None:
     odd = table(summed_up(torch.eye(1), ["tab\t\x1b[31m"], 1, num_left_out=2))
     assert "\x1b" not in odd and "2 left out" in odd
 
