@@ -3,10 +3,14 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from itpn import cli
+from itpn.data.labelled import find_masks
+from itpn.data.picture import BadImageError
 from itpn.recipes.pretrain import demo
 from itpn.tasks.common import config_of
 from itpn.tasks.pretrain import build
@@ -58,6 +62,30 @@ def test_the_python_of_the_page_about_weights_runs(tmp_path, monkeypatch):
     assert found["boxes"].shape[1] == 4
     theirs, (_, state) = torch.load("theirs.pt", weights_only=True)["model"], load("fast_finetune_meanpool")
     assert theirs.keys() == state.keys() and all(torch.equal(theirs[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("colour", [(128, 0, 0), (250, 250, 250)], ids=["colour", "smoothed grey"])
+def test_the_python_of_the_page_about_data_makes_labels_of_other_pictures(
+    tmp_path, monkeypatch, kind, colour
+):
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    truth = np.zeros((32, 32), np.uint8)
+    truth[8:24, 16:] = 1
+    picture = Image.fromarray(truth[..., None] * np.array(colour, np.uint8))
+    ending = ".png" if kind == "PNG" else ".jpg"
+    for folder, image in (("images", Image.new("RGB", (32, 32), "red")), ("masks", picture)):
+        path = Path(f"data/mine/{folder}/train/a{ending}")
+        path.parent.mkdir(parents=True)
+        image.save(path, kind)
+    Path("data/mine/classes.txt").write_text("background\nbuilding\n")
+    with pytest.raises(BadImageError, match=r"docs/data\.md shows|name all classes"):
+        find_masks(Path("data/mine")).pair(0)
+    exec(code, {})
+    found = find_masks(Path("data/mine")).pair(0)[1]
+    assert (found == truth).mean() > 0.97  # a JPEG's colours run over the edges
+    assert kind == "JPEG" or (found == truth).all()
 
 
 def test_the_bundled_weights_are_what_their_card_says():

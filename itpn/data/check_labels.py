@@ -14,6 +14,7 @@ from itpn.data.class_counts import ClassCounts
 from itpn.data.labelled import LabelledImages
 from itpn.data.labels import CONVERT, MAX_CLASSES, read_stored
 from itpn.data.picture import FORMATS, BadImageError, Size, orientation
+from itpn.data.progress import watched
 from itpn.data.randomness import permutation
 from itpn.data.source import Images
 from itpn.errors import UserError, printable
@@ -90,7 +91,8 @@ def classes_met(images: LabelledImages) -> ClassCounts:
     """Looks through label pictures until every class is met, at 512 of them at most; at more while there is
     one class only."""
     found = ClassCounts(images)
-    for number, index in enumerate(permutation(0, 0, len(images)).tolist()):
+    order = permutation(0, 0, len(images)).tolist()
+    for number, index in enumerate(watched(order, "looking for the classes")):
         lacking = found.num_pictures and len(found.met) < 2
         if len(found.met) == images.labelling.num_classes > 1 or (number >= NUM_LABELS and not lacking):
             break

@@ -151,7 +151,11 @@ def _numbers(image: Image.Image, data: bytes, size: Size | None) -> NDArray[Any]
     if size is not None and image.size != size[::-1]:
         (height, width), (across, down) = size, image.size
         turned = image.size == size
-        cure = "turn one of them, pixels or EXIF" if turned else "scale them without smoothing"
+        cure = (
+            "if EXIF turns the image, turn the labels alike, or store the image without EXIF"
+            if turned
+            else "scale the labels to that size without smoothing"
+        )
         raise ValueError(f"{across} x {down} labels for an image of {width} x {height} pixels; {cure}")
     depth = _depth(image, data)
     if image.mode in _COLOURS:

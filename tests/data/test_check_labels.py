@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -255,3 +256,56 @@ def test_labels_of_turned_images_that_may_not_be_turned_are_told(
     Image.fromarray(np.eye(upright[1], upright[0], dtype=np.uint8)).save(tmp_path / "labels/train/a.png")
     found = warnings_of(find_masks(tmp_path, num_classes=2))
     assert ["1 images are turned by EXIF" in line for line in found] == [True] * told
+
+
+def smaller(image: Image.Image) -> Image.Image:
+    return image.resize((6, 3), Image.Resampling.NEAREST)
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "options"),
+    [
+        (
+            lambda labels: labels.point(lambda value: value + 1),
+            "--data.zero-is-no-label",
+            ["--zero-is-no-label"],
+        ),
+        (lambda labels: labels.point(lambda value: value + 1), "with --data.values", ["--values", "1", "2"]),
+        (
+            lambda labels: labels.point(lambda value: 7 * value),
+            "with --data.values",
+            ["--data.values", "0", "7"],
+        ),
+        (smaller, "6 x 3 labels for an image of 12 x 6 pixels; scale the labels to that size", None),
+        (lambda labels: labels.transpose(Image.Transpose.ROTATE_90), "turn the labels alike", None),
+    ],
+)
+def test_what_is_said_of_bad_label_pictures_cures_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable, said: str, options: list[str] | None
+) -> None:
+    path = tmp_path / "labels/train/a.png"
+    write_pair(tmp_path, "train", "a", np.eye(6, 12, dtype=np.uint8))
+    change(Image.open(path)).save(path)
+    (tmp_path / "classes.txt").write_text("background\nbuilding\n")
+    status, printed, _ = check_data(capsys, tmp_path, "--format", "masks")
+    assert status == 1 and said in printed
+    if options is None:
+        labels = Image.open(path)
+        turned = labels.width < labels.height
+        cured = labels.transpose(Image.Transpose.ROTATE_270) if turned else labels.resize((12, 6), 0)
+        cured.save(path)
+    status, printed, _ = check_data(capsys, tmp_path, "--format", "masks", *(options or []))
+    assert status == 0, printed
+
+
+def test_numbers_that_nobody_named_are_given_by_the_option_that_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_numbers(tmp_path, [0, 200, 255])
+    (root / "classes.txt").unlink()
+    _, printed, _ = check_data(capsys, root, "--format", "masks")
+    assert "the labels found are 0, 200, 255\n" in printed and "give --data.values 0 200 255;" in printed
+    assert check_data(capsys, root, "--format", "masks", "--data.values", "0", "200", "255")[0] == 0
+    smooth = write_numbers(tmp_path / "smooth", [*range(64)])
+    (smooth / "classes.txt").unlink()
+    assert "edges were smoothed" in check_data(capsys, smooth, "--format", "masks")[1]
