@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from itpn.errors import UserError
-from itpn.nn.layers import GlobalBlock, LocalBlock, Merge, cells_of, init_linears
+from itpn.nn.layers import (
+    GlobalBlock,
+    LocalBlock,
+    Merge,
+    cells_of,
+    drop_path_factors,
+    drop_path_rates,
+    init_linears,
+)
 from itpn.nn.linear import Linear
 from itpn.nn.positions import Grid, Relative, RelativeMethod, relative_index, resample_table, sincos_table
 from itpn.nn.windows import Windows
@@ -198,6 +206,8 @@ class HiViT(nn.Module):
     It never learns that it is being pre-trained: a mask arrives as ``keep``, the ids of the units to work on.
     """
 
+    drop_rates: Tensor
+
     def __init__(self, config: HiViTConfig) -> None:
         super().__init__()
         self.config = config
@@ -208,31 +218,31 @@ class HiViT(nn.Module):
             config.norm_eps,
             config.layer_scale,
         )
-        rates = torch.linspace(0, config.drop_path, sum(depths), device="cpu").tolist()
-        rates1, rates2, rates3 = rates[: depths[0]], rates[depths[0] : -depths[2]], rates[-depths[2] :]
 
-        def local_block(width: int, rate: float) -> LocalBlock:
-            return LocalBlock(width, early, eps, None if fast else scale, rate, inner_norm=fast)
+        def local_block(width: int) -> LocalBlock:
+            return LocalBlock(width, early, eps, None if fast else scale, inner_norm=fast)
 
-        def global_block(rate: float) -> GlobalBlock:
+        def global_block() -> GlobalBlock:
             ratio, window = config.stage3_mlp_ratio, config.relative_grid
             decomposed = config.relative_position_decomposed
-            return GlobalBlock(width, num_heads, ratio, eps, window, scale, rate, decomposed, fast)
+            return GlobalBlock(width, num_heads, ratio, eps, window, scale, decomposed, fast)
 
         cell = config.patch_size // 4
         self.stem_proj = Linear(cell * cell * config.in_channels, width // 4)
         self.stem_norm = nn.Identity() if fast else nn.LayerNorm(width // 4, eps)
-        self.stage1 = nn.ModuleList([local_block(width // 4, rate) for rate in rates1])
+        self.stage1 = nn.ModuleList([local_block(width // 4) for _ in range(depths[0])])
         self.merge1 = Merge(width // 4, eps, fast)
-        self.stage2 = nn.ModuleList([local_block(width // 2, rate) for rate in rates2])
+        self.stage2 = nn.ModuleList([local_block(width // 2) for _ in range(depths[1])])
         self.merge2 = Merge(width // 2, eps, fast)
         self.position = nn.Parameter(
             torch.empty(config.num_units, width), requires_grad=not config.position_frozen
         )
-        self.stage3 = nn.ModuleList([global_block(rate) for rate in rates3])
+        self.stage3 = nn.ModuleList([global_block() for _ in range(depths[2])])
         num_global = min(config.num_global_blocks, depths[2])
         self.global_blocks = {(i + 1) * depths[2] // num_global - 1 for i in range(num_global)}
-        self.num_drops = sum(block.num_drops for block in self.blocks())
+        branches = [block.num_drops for block in self.blocks()]
+        self.num_drops = sum(branches)
+        self.register_buffer("drop_rates", drop_path_rates(config.drop_path, branches), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -246,6 +256,11 @@ class HiViT(nn.Module):
             first: Any = self.config.position.removeprefix("sincos-")
             with torch.no_grad():
                 self.position.copy_(sincos_table(self.config.grid, self.config.shape.width, first))
+
+    @property
+    def num_local_drops(self) -> int:
+        """Residual branches of stages 1 and 2."""
+        return len(self.stage1) + len(self.stage2)
 
     def blocks(self) -> list[LocalBlock | GlobalBlock]:
         """All residual blocks in order; the merges between the stages are not among them."""
@@ -271,7 +286,7 @@ class HiViT(nn.Module):
 
     def local(self, cells: Tensor, drop: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Stages 1 and 2: cells to ``c4``, ``c8`` and the tokens ``[B, N, C]`` that stage 3 starts from."""
-        drops = self._split_drops(drop, [*self.stage1, *self.stage2])
+        drops = self._drops(drop, [*self.stage1, *self.stage2], self.drop_rates[: self.num_local_drops])
         c4 = cells
         for block in self.stage1:
             c4 = self._run(block, c4, next(drops))
@@ -300,7 +315,7 @@ class HiViT(nn.Module):
 
         ``windows`` cut up a whole grid of tokens, for all blocks but the global ones.
         """
-        tapped, drops = [], self._split_drops(drop, self.stage3)
+        tapped, drops = [], self._drops(drop, self.stage3, self.drop_rates[self.num_local_drops :])
         within = None if windows is None else self.relative((windows.side, windows.side), None, tokens.device)
         for i, block in enumerate(self.stage3):
             if windows is None or i in self.global_blocks:
@@ -342,7 +357,7 @@ class HiViT(nn.Module):
             drop = None
         elif drop is None:
             drop = torch.rand(len(images), self.num_drops, device=images.device)
-        num_local = len(self.stage1) + len(self.stage2)
+        num_local = self.num_local_drops
         early, late = (None, None) if drop is None else (drop[:, :num_local], drop[:, num_local:])
         c4, c8, tokens = self.local(self.stem(images, keep), early)
         tokens = self.embed(tokens, grid, keep)
@@ -357,6 +372,9 @@ class HiViT(nn.Module):
         return cast(Tensor, block(*args))
 
     @staticmethod
-    def _split_drops(drop: Tensor | None, blocks: Iterable[Any]) -> Iterator[Tensor | None]:
+    def _drops(drop: Tensor | None, blocks: Iterable[Any], rates: Tensor) -> Iterator[Tensor | None]:
+        """Each block's factors under drop path, from the uniform numbers of all."""
         counts = [block.num_drops for block in blocks]
-        return iter([None] * len(counts) if drop is None else torch.split(drop, counts, dim=1))
+        if drop is None:
+            return iter([None] * len(counts))
+        return iter(torch.split(drop_path_factors(drop, rates), counts, dim=1))

@@ -4,6 +4,8 @@ Stages 1-2 hold a mask unit (one 16x16 patch) as 4x4, then 2x2 cells: ``[B, N, h
 one token: ``[B, N, C]``. Layers that act per cell take either.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,12 +48,29 @@ def cells_of(images: Tensor, patch_size: int, ids: Tensor | None = None) -> Tens
     return images.flatten(1).gather(1, (corner + offset).flatten(1)).view(*ids.shape, 4, 4, Q * Q * c)
 
 
-def add_branch(x: Tensor, branch: Tensor, uniform: Tensor | None = None, rate: float = 0.0) -> Tensor:
-    """``x`` and a residual branch, which is dropped where the sample's uniform number ``[B]`` lies below
-    ``rate`` (drop path), and rescaled elsewhere."""
-    if uniform is not None and rate:
-        kept = (uniform >= rate).to(branch.dtype) / (1.0 - rate)
-        branch = branch * kept.view(-1, *[1] * (branch.ndim - 1))
+def drop_path_rates(last: float, num_branches: Sequence[int]) -> Tensor:
+    """Rates ``[D]`` of all residual branches, growing linearly over the blocks from 0 to ``last``.
+
+    Args:
+        num_branches: residual branches of each block.
+    """
+    rates = torch.linspace(0, last, len(num_branches))
+    return torch.cat([rate.expand(count) for rate, count in zip(rates, num_branches, strict=True)])
+
+
+def drop_path_factors(uniform: Tensor, rates: Tensor) -> Tensor:
+    """Factors ``[B, D]`` of residual branches: 0 where a uniform number lies below its branch's rate, else
+    1 / (1 - rate).
+
+    They are made once, before the blocks: a rate inside a block would be a constant of its compiled graph.
+    """
+    return (uniform >= rates).to(rates.dtype) / (1.0 - rates)
+
+
+def add_branch(x: Tensor, branch: Tensor, factor: Tensor | None = None) -> Tensor:
+    """Add a residual branch to ``x``, scaled for each sample by ``factor [B]`` (drop path)."""
+    if factor is not None:
+        branch = branch * factor.to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))
     if x.device.type == "cpu" and x.dtype == torch.float32 != branch.dtype:
         return branch.float().add_(x)  # a CPU adds two dtypes slowly
     return x + branch
@@ -230,19 +249,16 @@ class LocalBlock(nn.Module):
         mlp_ratio: float,
         norm_eps: float,
         scale: float | None = None,
-        drop: float = 0.0,
         inner_norm: bool = False,
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, norm_eps)
         self.mlp = Mlp(width, mlp_ratio, norm_eps if inner_norm else None)
         self.scale = layer_scale(width, scale)
-        self.drop = drop
 
-    def forward(self, x: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """``uniform [B, 1]``: the samples' numbers for drop path."""
-        uniforms = (None,) if uniform is None else uniform.unbind(1)
-        return add_branch(x, self.scale(self.mlp(self.norm(x))), uniforms[0], self.drop)
+    def forward(self, x: Tensor, drop: Tensor | None = None) -> Tensor:
+        """``drop [B, 1]``: the samples' factors of the branch under drop path."""
+        return add_branch(x, self.scale(self.mlp(self.norm(x))), None if drop is None else drop[:, 0])
 
 
 class GlobalBlock(nn.Module):
@@ -263,7 +279,6 @@ class GlobalBlock(nn.Module):
         norm_eps: float,
         window: Grid | None = None,
         scale: float | None = None,
-        drop: float = 0.0,
         decomposed: bool = False,
         fast: bool = False,
     ) -> None:
@@ -274,19 +289,18 @@ class GlobalBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, norm_eps)
         self.mlp = SwiGlu(width, mlp_ratio, norm_eps) if fast else Mlp(width, mlp_ratio)
         self.scale2 = layer_scale(width, scale)
-        self.drop = drop
 
     def forward(
         self,
         x: Tensor,
         relative: Relative | None = None,
-        uniform: Tensor | None = None,
+        drop: Tensor | None = None,
         windows: Windows | None = None,
     ) -> Tensor:
-        """``uniform [B, 2]``: the samples' numbers for drop path, attention branch first."""
-        first, second = (None, None) if uniform is None else uniform.unbind(1)
-        x = add_branch(x, self.scale1(self.attn(self.norm1(x), relative, windows)), first, self.drop)
-        return add_branch(x, self.scale2(self.mlp(self.norm2(x))), second, self.drop)
+        """``drop [B, 2]``: the samples' factors under drop path, that of the attention branch first."""
+        first, second = (None, None) if drop is None else drop.unbind(1)
+        x = add_branch(x, self.scale1(self.attn(self.norm1(x), relative, windows)), first)
+        return add_branch(x, self.scale2(self.mlp(self.norm2(x))), second)
 
 
 class Merge(nn.Module):

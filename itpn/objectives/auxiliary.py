@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from itpn.nn.hivit import HiViTConfig
-from itpn.nn.layers import GlobalBlock, init_linears
+from itpn.nn.layers import GlobalBlock, drop_path_factors, init_linears
 from itpn.nn.positions import Relative
 
 
@@ -16,21 +16,25 @@ class Auxiliary(nn.Module):
     weights need.
     """
 
+    drop_rates: Tensor
+
     def __init__(self, config: HiViTConfig, target_width: int) -> None:
         super().__init__()
         width, depths, num_heads, layers = config.shape
         window = config.relative_grid or config.grid
-        first = sum(depths[:2]) + 3 * depths[2] // 4  # they drop out as the blocks beside which they stand
-        rates = torch.linspace(0, config.drop_path, sum(depths), device="cpu").tolist()[first : first + 2]
         self.blocks = nn.ModuleList(
             [
                 GlobalBlock(
-                    width, num_heads, config.stage3_mlp_ratio, 1e-5, window, config.layer_scale, rate,
+                    width, num_heads, config.stage3_mlp_ratio, 1e-5, window, config.layer_scale,
                     fast=layers == "fast",
                 )
-                for rate in (*rates, config.drop_path)[:2]
+                for _ in range(2)
             ]
         )  # fmt: skip
+        # They drop out as the blocks of stage 3 beside which they stand, or as the last where there is none.
+        beside = [min(sum(depths[:2]) + 3 * depths[2] // 4 + i, sum(depths) - 1) for i in range(2)]
+        rates = torch.linspace(0, config.drop_path, sum(depths))[beside].repeat_interleave(2)
+        self.register_buffer("drop_rates", rates, persistent=False)
         self.norm = nn.LayerNorm(width, config.norm_eps)
         self.head = nn.Linear(width, target_width)
         init_linears(self, "normal")
@@ -43,10 +47,10 @@ class Auxiliary(nn.Module):
 
         Args:
             relative: the backbone's pairs of positions.
-            drop: the samples' numbers for drop path, ``[B, 4]``.
+            drop: the samples' uniform numbers for drop path, ``[B, 4]``.
         """
-        drops = [None, None] if drop is None else drop.chunk(2, dim=1)
-        for block, uniform in zip(self.blocks, drops, strict=True):
-            tokens = block(tokens, relative, uniform)
+        drops = [None, None] if drop is None else drop_path_factors(drop, self.drop_rates).chunk(2, dim=1)
+        for block, factors in zip(self.blocks, drops, strict=True):
+            tokens = block(tokens, relative, factors)
         tokens = self.head(self.norm(tokens))
         return tokens

@@ -9,7 +9,7 @@ from torch import nn
 
 from itpn.errors import UserError
 from itpn.nn.hivit import SIZES, HiViT, HiViTConfig
-from itpn.nn.layers import Attention, Merge, Split, add_branch, to_map, units_of
+from itpn.nn.layers import Attention, Merge, Split, add_branch, drop_path_factors, to_map, units_of
 from itpn.nn.positions import Relative, relative_index
 from tests.toys import toy_backbone
 
@@ -132,13 +132,13 @@ def test_taps_are_block_outputs():
 
 def test_drop_path_follows_the_given_numbers():
     branch = torch.ones(4, 2, 3)
-    added = add_branch(2 * branch, branch, torch.tensor([0.1, 0.5, 0.25, 0.9]), 0.25)
+    factors = drop_path_factors(torch.tensor([[0.1], [0.5], [0.25], [0.9]]), torch.tensor([0.25]))
+    added = add_branch(2 * branch, branch, factors[:, 0])
     assert added[:, 0, 0].tolist() == pytest.approx([2, 10 / 3, 10 / 3, 10 / 3])
     model, x = build(drop_path=0.5).train(), images()
     always, never = torch.ones(2, model.num_drops), torch.zeros(2, model.num_drops)
     assert model.num_drops == 1 + 1 + 2 * 2
-    rates = [block.drop for block in model.blocks()]
-    assert rates == pytest.approx([0, 1 / 6, 1 / 3, 1 / 2])
+    assert model.drop_rates.tolist() == pytest.approx([0, 1 / 6, 1 / 3, 1 / 3, 1 / 2, 1 / 2])
     tokens = model.local(model.stem(x))[0]
     dropped = model(x, drop=never)
     torch.testing.assert_close(dropped.c4, tokens)  # the first block's rate is 0
