@@ -55,7 +55,7 @@ def without_additions(
         if "pos_embed_x" in kept:
             kept[table] = kept.pop("pos_embed_x")
             left_out[table] = "of one image alone; pos_embed_x takes its place"
-        if kept[table].ndim == 3:
+        if kept[table].ndim in (2, 3):
             kept[table] = _image_rows(table, kept[table], "cls_token" in state, given, left_out)
     for key in STEMS:
         if key in kept and given.stem != "all" and kept[key].ndim == 4:
@@ -65,7 +65,7 @@ def without_additions(
 
 def _image_rows(key: str, table: Tensor, with_class: bool, given: Given, left_out: dict[str, str]) -> Tensor:
     """The rows of a position table that are those of an image, of a tracker the search image."""
-    rows = table.shape[1]
+    rows = table.shape[-2]
     if given.position_rows is None and isqrt(rows) ** 2 == rows:
         return table
     if given.position_rows is None:
@@ -79,7 +79,7 @@ def _image_rows(key: str, table: Tensor, with_class: bool, given: Given, left_ou
     for start, stop in ((0, first), (last, rows)):
         if start < stop:
             left_out[f"{key}[{start}:{stop}]"] = reason
-    return table[:, first:last]
+    return table[..., first:last, :]
 
 
 def _inferred(key: str, rows: int, with_class: bool) -> tuple[int, int, str]:

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from itpn.errors import UserError, printable
 
-AVERAGES = (
-    "model_ema", "state_dict_ema", "ema_state_dict", "model_state_dict_ema", "module_ema", "ema_model", "ema",
-)  # fmt: skip
-"""Entries, and parts of prefixes, of averaged weights."""
+AVERAGED = re.compile(r"(?<![a-z])(ema|swa)(?![a-z])", re.IGNORECASE)
+"""What tells averaged weights by their entry or prefix: ``model_ema``, ``net_ema.module.``."""
 DETECTOR = ("rpn_head.", "roi_head.", "bbox_head.", "mask_head.")
 SEGMENTOR = ("decode_head.", "auxiliary_head.")
 STEM = "patch_embed.proj.weight"
@@ -31,32 +29,30 @@ def model_of(
     Raises:
         UserError: there are several models, none of averaged weights, or none of the prefix given.
     """
-    tensors, off = _without_torchs(tensors, wrapping), ""
-    if given is not None:
-        off = TORCHS.sub("", f"{given.removesuffix('.')}.")
-        if not _any_start(tensors, off):
-            starts = ", ".join(printable(name)[:60] for name in _prefixes(tensors)[:MAX_NAMED] if name)
-            raise UserError(
-                f"--prefix {printable(off)}: no tensor's name starts so; models start with {starts or 'none'}"
-            )
-        tensors = _only(tensors, off, "not asked for", left_out)
-        wrapping.append(off)
+    tensors = _without_torchs(tensors, wrapping)
+    start = "" if given is None else TORCHS.sub("", f"{given.removesuffix('.')}.")
+    models = _prefixes(tensors)
+    if not _any_start(tensors, start):
+        starts = ", ".join(printable(name)[:60] for name in models[:MAX_NAMED] if name)
+        raise UserError(
+            f"--prefix {printable(start)}: no tensor's name starts so; models start with {starts or 'none'}"
+        )
+    found = as_wanted([name for name in models if name.startswith(start)], ema)
+    if ema and not any(map(AVERAGED.search, found)):
+        raise UserError(
+            "holds no averaged weights (an entry model_ema, state_dict_ema …); read the plain ones"
+        )
+    if len(found) > 1 and "" not in found:
+        raise several("prefix", found)
+    if found and "" not in found:
+        return _body(tensors, found[0], wrapping, left_out)
+    if start:
+        tensors = _only(tensors, start, "not asked for", left_out)
+        wrapping.append(start)
     while prefix := next((p for p in ("module.", "model.") if _all_start(tensors, p)), None):
         tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
         wrapping.append(prefix)
-        off += prefix
-    models = _prefixes(tensors)
-    averaged = [name for name in models if set(name.split(".")) & set(AVERAGES)]
-    if ema and not averaged:
-        raise UserError(
-            f"holds no averaged weights (an entry {', '.join(AVERAGES[:2])} …); read the plain ones"
-        )
-    found = as_wanted(models, averaged, ema)
-    if not found or "" in found:
-        return tensors
-    if len(found) > 1:
-        raise several("prefix", [off + name for name in found])
-    return _body(tensors, found[0], wrapping, left_out)
+    return tensors
 
 
 def without(tensors: dict[str, Tensor], patterns: Sequence[str], counts: Counter[str]) -> dict[str, Tensor]:
@@ -87,16 +83,19 @@ def _prefixes(tensors: Iterable[str]) -> list[str]:
     return [name.removesuffix(STEM) for name in tensors if is_stem(name)]
 
 
-def as_wanted(models: Sequence[str], averaged: Sequence[str], ema: bool) -> list[str]:
+def as_wanted(models: Sequence[str], ema: bool) -> list[str]:
     """The averaged ones where they are asked for or the only ones, else the others."""
+    averaged = [name for name in models if AVERAGED.search(name)]
     plain = [name for name in models if name not in averaged]
-    return list(averaged) if averaged and (ema or not plain) else plain
+    return averaged if averaged and (ema or not plain) else plain
 
 
 def several(option: str, names: Sequence[str]) -> UserError:
     choice = [f"--{option} {printable(name)[:80]}" for name in names[:MAX_NAMED]]
     more = f" ({len(names) - len(choice):,} more)" if len(names) > len(choice) else ""
-    return UserError(f"holds {len(names):,} models; say which with {' or '.join(choice)}{more}")
+    return UserError(
+        f"holds {len(names):,} models; save one alone, or say which with {' or '.join(choice)}{more}"
+    )
 
 
 def _body(

@@ -89,11 +89,20 @@ def translate(
     if wrong:
         raise UserError(
             f"{known.title}: {len(wrong)} tensors do not make the model that the others imply "
-            f"({'; '.join(wrong[:MOST_NAMED])})"
+            f"({'; '.join(wrong[:MOST_NAMED])}){_without_head(state, kind, wrong)}"
         )
     buffers = [key for key in state if key.endswith(names.COMPUTED)]
     left_out |= {summary(buffers): "computed from the grid"} if buffers else {}
     return Translated(tensors, config, family, kind, left_out)
+
+
+def _without_head(state: Mapping[str, Tensor], kind: Kind, wrong: Iterable[str]) -> str:
+    """How to take the rest of a model whose head alone is another one, as options."""
+    if any(misfit.startswith(files.MODEL_PARTS) for misfit in wrong):
+        return ""
+    starts = {pattern.split(".")[0] for pattern in names.HEADS[kind]}
+    patterns = sorted({f"'{start}*'" for start in starts if any(key.split(".")[0] == start for key in state)})
+    return f"; without its head: --leave-out {' '.join(patterns)}" if patterns else ""
 
 
 def write_back(weights: Weights, family: str) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from itpn.errors import UserError, printable
 from itpn.weights.pickles import Placeholder
-from itpn.weights.prefixes import AVERAGES, as_wanted, grouped, is_stem, model_of, several, without
+from itpn.weights.prefixes import AVERAGED, as_wanted, grouped, is_stem, model_of, several, without
 
 WRAPPERS = ("model", "module", "state_dict", "model_state_dict", "net")
 COUNTERS = ("n_averaged", "steps")
@@ -85,7 +85,7 @@ def _weights_in(
             raise UserError(
                 f"--entry {printable(wanted.entry)}: there is no {printable(entry)} in {_names(loaded)}"
             )
-        ema = ema and entry not in AVERAGES
+        ema = ema and not AVERAGED.search(entry)
         wrapping.append(entry)
         others = ((name, value) for name, value in loaded.items() if name != entry)
         left_out |= {_label(name): _reason(name, value, id(value) in holding) for name, value in others}
@@ -135,9 +135,10 @@ def _entry(loaded: Mapping[Any, Any], ema: bool, holding: set[int], within: Sequ
         return None
     models = [name for name, value in loaded.items() if isinstance(name, str) and id(value) in holding]
     if not models:  # a model of another kind
-        choice = (*AVERAGES, *WRAPPERS) if ema else (*WRAPPERS, *AVERAGES)
+        averaged = [name for name in loaded if isinstance(name, str) and AVERAGED.search(name)]
+        choice = [*averaged, *WRAPPERS] if ema else [*WRAPPERS, *averaged]
         return next((name for name in choice if isinstance(loaded.get(name), dict)), None)
-    found = as_wanted(models, [name for name in models if name in AVERAGES], ema)
+    found = as_wanted(models, ema)
     found = [name for name in found if name in WRAPPERS] or found
     if len(found) > 1:
         raise several("entry", [".".join((*within, name)) for name in found])
@@ -157,8 +158,9 @@ def _is_weight(name: Any, value: Any) -> bool:
 def _reason(name: Any, value: Any, model: bool = False) -> str:
     if not isinstance(name, str):
         return "its name is no text"
-    if model or (name in (*AVERAGES, *WRAPPERS) and isinstance(value, dict)):
-        return f"{'averaged' if name in AVERAGES else 'plain'} weights, not asked for"
+    averaged = AVERAGED.search(name)
+    if model or (isinstance(value, dict) and (averaged or name in WRAPPERS)):
+        return f"{'averaged' if averaged else 'plain'} weights, not asked for"
     if TRAINING.match(name) or name in COUNTERS:
         return "training state"
     if name in SETTINGS:

@@ -1,6 +1,7 @@
 """Trackers' checkpoints, and others with additions of their own: the backbone comes out with its numbers."""
 
 import re
+import shlex
 from dataclasses import asdict
 
 import pytest
@@ -285,3 +286,12 @@ def test_buffers_of_saratr_x_have_a_rule(tmp_path, capsys):
     out = weights.source["left_out"]
     assert out == dict.fromkeys(filters, "fixed filters, from which SARATR-X computes its targets")
     assert "classifier" in convert(tmp_path, {"model": state | filters}, "--num-heads", 2).config
+
+
+def test_a_decoder_of_other_targets_is_left_out_as_the_message_says(tmp_path, capsys):
+    _, state = load("pixel_pretrain_p16")
+    state = state | {"decoder_pred.weight": torch.ones(5, 32), "decoder_pred.bias": torch.ones(5)}
+    said = refusal(tmp_path, capsys, {"model": state}, "--num-heads", 2, "--decoder-heads", 2)
+    options = shlex.split(said.partition("without its head: ")[2])
+    weights = convert(tmp_path, {"model": state}, "--num-heads", 2, *options)
+    assert weights.parts == {"backbone", "pyramid"}
