@@ -68,7 +68,7 @@ class ClassCounts:
         numbers = sorted({*(self.labelling.numbers[label] for label in self.met), *self.ignored})
         give = f"--data.values {' '.join(map(str, numbers))}"
         if len(numbers) == self.labelling.num_classes:
-            give = f"give {give}"
+            give = f"give {give}, in the order of the names"
         else:
             give = f"name all classes and give their numbers, as in {give}"
         return (

@@ -13,7 +13,7 @@ from itpn.data.labels import MAX_CLASSES, Labelling, Labels, listed, read_labels
 from itpn.data.pairing import folders_of, partners
 from itpn.data.picture import BadImageError
 from itpn.data.source import Names
-from itpn.errors import UserError
+from itpn.errors import UserError, printable
 
 IGNORED = 255
 NAMES = "classes.txt"
@@ -143,8 +143,9 @@ def paired(image_folder: Path, label_folder: Path, labelling: Labelling, *, skip
     both = sorted(partner)
     if not both:
         raise UserError(
-            f"no image in {image_folder} has a label picture in {label_folder}, "
-            f"as {next(iter(images.values()))} and {next(iter(labels.values()))} there; name each pair alike"
+            f"no image in {image_folder} has a label picture in {label_folder}, as "
+            f"{next(iter(images.values()))} and {next(iter(labels.values()))} there; name each pair alike, "
+            "and leave one label picture for an image"
         )
     unpaired = (
         *_alone(image_folder, (images[stem] for stem in sorted(images.keys() - partner.keys())),
@@ -160,7 +161,7 @@ def paired(image_folder: Path, label_folder: Path, labelling: Labelling, *, skip
             "files out with --data.skip-bad"
         )
     other = [stem for stem in both if partner[stem] != stem]
-    as_well = f", {images[other[0]]} with {labels[partner[other[0]]]}" if other else ""
+    unlike = f", {images[other[0]]} with {labels[partner[other[0]]]}" if other else ""
     left_out = f"; {len(unpaired):,} files without a partner are left out" if unpaired else ""
     return LabelledImages(
         root=image_folder,
@@ -168,7 +169,7 @@ def paired(image_folder: Path, label_folder: Path, labelling: Labelling, *, skip
         labels=None,
         class_names=None,
         description=f"{len(both):,} images with labels of {labelling.num_classes:,} classes under "
-        f"{image_folder}{as_well}{left_out}",
+        f"{image_folder}{printable(unlike)}{left_out}",
         label_root=label_folder,
         label_names=Names([labels[partner[stem]] for stem in both]),
         labelling=labelling,
@@ -187,7 +188,9 @@ def _by_stem(folder: Path, names: Iterable[str]) -> dict[str, str]:
             raise UserError(f"{folder / found[stem]} and {folder / name} share a name; remove one of them")
         found[stem] = name
     if not found:
-        raise UserError(f"{folder} holds no picture; {_contents(folder)}")
+        raise UserError(
+            f"{folder} holds no picture; {_contents(folder)}; labels are PNG, TIFF, BMP or GIF files"
+        )
     return found
 
 

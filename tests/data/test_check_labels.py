@@ -156,7 +156,7 @@ def test_masks_of_0_and_255_are_refused_and_the_option_that_is_named_cures_it(
     said = (
         r"all labels are of one class, 'background', .* 255 marks no label, for 97.66% .* if it is a class, "
     )
-    with pytest.raises(UserError, match=f"{said}give --data.values 0 255$"):
+    with pytest.raises(UserError, match=f"{said}give --data.values 0 255, in the order of the names$"):
         check_classes(find_masks(root))
     status, printed, _ = check_data(capsys, root, "--format", "masks")
     assert status == 1 and "warning: train: all labels are of one class" in printed
@@ -174,7 +174,7 @@ def test_masks_of_0_and_255_are_refused_and_the_option_that_is_named_cures_it(
         (
             [[0, 1]],
             {"zero_is_no_label": True},
-            "'background', .* 0 marks no label, .* give --data.values 0 1$",
+            "'background', .* 0 marks no label, .* --data.values 0 1, in the order of the names$",
         ),
         ([[7, 0]], {"ignored": 7}, "7 marks no label"),
     ],

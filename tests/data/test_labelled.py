@@ -151,6 +151,21 @@ def test_the_fingerprint_knows_labels_and_their_meaning(root: Path) -> None:
     assert len({first, changed, find_masks(root).fingerprint, find_masks(root, ignored=254).fingerprint}) == 4
 
 
+def test_data_sets_keep_the_fingerprint_that_earlier_versions_gave_them(tmp_path: Path) -> None:
+    """So that runs that began with these go on."""
+    for kind in ("images", "labels"):
+        for name in ("a", "B", "deeper/é.1"):
+            path = tmp_path / kind / "train" / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (4, 4)).save(path)
+    assert find_masks(tmp_path, num_classes=3).fingerprint == (
+        "065165148448d984ae7869a2960f391799584e679a8ae72431da161630f037b9"
+    )
+    assert find_masks(tmp_path, num_classes=3, ignored=None, zero_is_no_label=True).fingerprint == (
+        "27613e45f3f08b04a72201f041bd793ca4854265e06de7e3eeb353907ddde2ea"
+    )
+
+
 @pytest.fixture(scope="module")
 def ade(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root, rng = tmp_path_factory.mktemp("ade"), np.random.default_rng(0)
