@@ -23,7 +23,8 @@ from itpn.data.check_objects import described
 from itpn.data.check_objects import summary as objects_summary
 from itpn.data.coco import Coco, Finding
 from itpn.data.coco_file import find_coco, read_coco
-from itpn.data.images import Split, find_images, split_folder
+from itpn.data.folders import Split, split_folder
+from itpn.data.images import find_images
 from itpn.data.labelled import IGNORED, NAMES
 from itpn.data.labels import MAX_CLASSES
 from itpn.data.loader import DataConfig, default_workers

@@ -10,6 +10,7 @@ import tyro
 from torch import Tensor
 
 from itpn.commands.arguments import parse
+from itpn.data.folders import split_folder
 from itpn.data.images import find_images
 from itpn.data.picture import Picture, Size, open_picture
 from itpn.data.transforms import center_crop
@@ -67,7 +68,7 @@ def _pictures(given: Path, num: int) -> list[tuple[str, AbstractContextManager[P
     """Names and pictures yet to be opened."""
     if not given.is_dir():
         return [(given.name, open_picture(given))]
-    found = find_images(given, "val" if (given / "val").is_dir() else "train")
+    found = find_images(given, "val" if split_folder(given, "val") else "train")
     chosen = torch.linspace(0, len(found) - 1, min(num, len(found))).long().tolist()
     return [(found.name(i).name, found.open(i)) for i in chosen]
 

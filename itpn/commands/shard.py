@@ -12,7 +12,8 @@ from uuid import uuid4
 import tyro
 
 from itpn.commands.arguments import parse
-from itpn.data.images import find_images, split_folder
+from itpn.data.folders import split_folder
+from itpn.data.images import find_images
 from itpn.data.shard_writer import ShardSize, Written, write_shards
 from itpn.errors import UserError, printable
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from itpn.data.images import Split
+from itpn.data.folders import Split
 from itpn.data.labelled import IGNORED, LabelledImages, numbered, paired, read_table
 from itpn.data.labels import Labelling
 from itpn.errors import UserError

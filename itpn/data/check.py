@@ -17,6 +17,7 @@ from PIL import Image
 from itpn.data.crashproof import Death, each
 from itpn.data.picture import FORMATS, BadImageError, open_bytes, orientation
 from itpn.data.source import Images
+from itpn.data.storage import depth, stored_as
 
 
 class LabelLook(NamedTuple):
@@ -45,6 +46,8 @@ class Look(NamedTuple):
     traits: tuple[str, ...]
     digest: int
     """64 bits that identical files share, and no others."""
+    values: tuple[int, int]
+    """The smallest and the largest of 0..255; of more than 8 bits without a hundredth at either end."""
     labels: LabelLook | None = None
 
 
@@ -55,6 +58,24 @@ class Size(NamedTuple):
     def __str__(self) -> str:
         return f"{self.width:,} x {self.height:,}"
 
+
+FEW_VALUES = 64
+"""An image whose values span less than this, of 255, uses a small part of the range."""
+NARROW, NARROW_DEEP = "of few values", "of more than 8 bits and few values"
+MORE_BANDS = "with further bands, which are left out"
+ODD_ALPHA = "with an alpha channel that is neither 0 nor 255 in most places"
+_CURES = {
+    NARROW: "night or fog may look so, and so do masks and wrongly scaled data; scale their values to 0..255",
+    NARROW_DEEP: "12-bit data look so; scale all files alike, from the lowest to the highest value in use, "
+    "as with GDAL: gdal_translate -ot Byte -scale 0 4095 0 255 IN OUT.tif",
+    MORE_BANDS: "red, green and blue are taken to come first; choose others, as with GDAL: "
+    "gdal_translate -b 1 -b 2 -b 3 IN OUT.tif",
+    ODD_ALPHA: "infrared stored as alpha looks so, and the image fades into white by it; drop it, as with "
+    "GDAL: gdal_translate -b 1 -b 2 -b 3 IN OUT.tif",
+}
+"""What traits may mean that spoil images without a word, and what to do."""
+_SHARE = 0.5
+"""A trait of images that may well be meant so is warned of from this share on."""
 
 NUM_SAMPLED = 64
 """How many images are looked at before training."""
@@ -71,6 +92,10 @@ class Tally:
         """Why an image cannot be read, by index."""
         self.formats: Counter[str] = Counter()
         self.traits: Counter[str] = Counter()
+        self.first: dict[str, int] = {}
+        """The first image of each trait."""
+        self.values: dict[str, tuple[int, int]] = {}
+        """The smallest and the largest value of the images of each trait."""
         self.look: Callable[[int], Look | str] = partial(look, images)
         """From an image's index to what it is like, or why it cannot be used. Picklable."""
         self._sizes, self._digests = array("I"), array("Q")
@@ -80,7 +105,11 @@ class Tally:
             self.bad[index] = found
             return
         self.formats[found.format] += 1
-        self.traits.update(found.traits)
+        for trait in found.traits:
+            self.traits[trait] += 1
+            self.first.setdefault(trait, index)
+            low, high = self.values.get(trait, found.values)
+            self.values[trait] = min(low, found.values[0]), max(high, found.values[1])
         self._sizes.extend((found.width, found.height))
         self._digests.append(found.digest)
 
@@ -91,6 +120,24 @@ class Tally:
     def warnings(self) -> Iterator[str]:
         """What would go wrong without a word, a line each: the cause, numbers, an example and a cure."""
         yield from self.images.notes
+        for trait, cure in _CURES.items():
+            count = self.traits[trait]
+            if count and (trait != NARROW or count > _SHARE * self.num_read):
+                low, high = self.values[trait]
+                values = f" ({low} to {high} of 255)" if trait in (NARROW, NARROW_DEEP) else ""
+                name = self.images.names[self.first[trait]]
+                yield f"{count:,} of {self.num_read:,} images are {trait}{values}, such as {name}: {cure}"
+        yield from self._lost_classes()
+
+    def _lost_classes(self) -> Iterator[str]:
+        labels = self.images.labels
+        if labels is None or not self.bad:
+            return
+        bad = Counter(labels[[*self.bad]].tolist())
+        for count, name in self.class_counts():
+            label = (self.images.class_names or ()).index(name)
+            if bad[label] == count:
+                yield f"no image of class {name} can be read, of {count:,}; replace them, or remove the class"
 
     @property
     def num_read(self) -> int:
@@ -148,32 +195,58 @@ def look(images: Images, index: int) -> Look | str:
     try:
         data = images.read(index)
         with open_bytes(data, images.name(index)) as picture:
-            width, height = picture.decode().size
+            pixels = picture.decode()
+            width, height = pixels.size
             images.check_size(index, (height, width))
     except BadImageError as error:
         return error.reason
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        kind = image.format or ""
-        traits = [*_traits(image)]
+        kind, deep = image.format or "", depth(image, data) > 8
+        traits = [*_traits(image, deep)]
+    values = _values(pixels, 0.01 if deep else 0)
+    if values[1] - values[0] < FEW_VALUES and (values[1] > values[0] or not values[1]):
+        traits.append(NARROW_DEEP if deep else NARROW)
     named = Image.registered_extensions().get(os.path.splitext(images.names[index])[1].lower())
     if named not in (None, kind.replace("MPO", "JPEG")):  # a JPEG with more pictures behind it
         traits.append("named as another format")
     digest = int.from_bytes(blake2b(data, digest_size=8).digest())
-    return Look(width, height, kind, tuple(traits), digest)
+    return Look(width, height, kind, tuple(traits), digest, values)
 
 
-def _traits(image: Image.Image) -> Iterator[str]:
+def _values(image: Image.Image, share: float) -> tuple[int, int]:
+    """The smallest and the largest value of an 8-bit image, without a share of its pixels at either end."""
+    counts = np.array(image.histogram()).reshape(-1, 256).sum(0).cumsum()
+    low, high = np.searchsorted(counts, [share * counts[-1] + 1, (1 - share) * counts[-1]])
+    return int(low), int(high)
+
+
+def _mostly_between(alpha: Image.Image) -> bool:
+    """Whether most pixels of an alpha channel are neither clear nor opaque."""
+    counts = alpha.histogram()
+    return 2 * (counts[0] + counts[255]) < sum(counts)
+
+
+def _traits(image: Image.Image, deep: bool) -> Iterator[str]:
     """What may surprise about an image, as far as its header tells."""
     if image.mode in ("1", "L", "LA") or image.mode.startswith("I"):
         yield "grey"
-    if image.mode.startswith("I"):
-        yield "of 16 bits or more"
+    if deep:
+        yield "of more than 8 bits"
+    if stored := stored_as(image):
+        if stored.signed:
+            yield "of signed numbers"
+        if stored.white_is_zero:
+            yield "with 0 as white"
+        if stored.bands > len(image.getbands()):
+            yield MORE_BANDS
     if image.mode == "P":
         yield "with a palette"
     if image.mode == "CMYK":
         yield "CMYK"
     if image.has_transparency_data:
         yield "with transparency"
+    if image.mode in ("RGBA", "LA") and _mostly_between(image.getchannel("A")):
+        yield ODD_ALPHA
     turn = orientation(image)
     if turn in range(2, 9):
         yield "turned by EXIF"

@@ -7,8 +7,9 @@ from contextlib import suppress
 
 import torch
 
+from itpn.data.folders import kinds_within
 from itpn.data.source import Images
-from itpn.errors import UserError
+from itpn.errors import UserError, printable
 
 UNBALANCED = 5
 """Largest class over smallest from which a hint is due."""
@@ -23,7 +24,7 @@ def describe_balance(images: Images) -> str:
     Raises:
         UserError: the images have no classes.
     """
-    names = readable(class_names_of(images))
+    names = [*map(printable, readable(class_names_of(images)))]
     assert images.labels is not None
     counts = torch.bincount(images.labels, minlength=len(names))
     order = counts.argsort(stable=True).tolist()
@@ -80,14 +81,24 @@ def names_for(class_names: tuple[str, ...] | None, num_classes: int) -> tuple[st
 
 
 def class_names_of(images: Images) -> tuple[str, ...]:
-    """Raises:
-    UserError: the images have no classes.
+    """What the classes are called.
+
+    Raises:
+        UserError: the images have no classes, or their classes are splits.
     """
-    if images.class_names is None:
+    names = images.class_names
+    if names is None:
+        cure = images.unlabelled or "put each image in a folder of its class"
+        raise UserError(f"classes are needed, but found {images.description}; {cure}")
+    like_splits = [name for name in names if kinds_within(name)]
+    kinds = {kind for name in like_splits for kind in kinds_within(name)}
+    if "val" in names or (len(kinds) > 1 and 2 * len(like_splits) > len(names)):
         raise UserError(
-            f"classes are needed, but found {images.description}; put each image in a folder of its class"
+            f"{images.description}, which look like splits and not like classes: {_listed(like_splits)}; "
+            "name the folder of class folders to train on train, the one to evaluate on val, and move others "
+            "elsewhere"
         )
-    return images.class_names
+    return names
 
 
 def check_same_classes(train: Images, val: Images) -> tuple[str, ...]:
@@ -112,7 +123,8 @@ def check_same_classes(train: Images, val: Images) -> tuple[str, ...]:
             "shards of both the same ids and classes.txt"
         )
     raise UserError(
-        "train and val need the same classes: rename, add or remove class folders until they agree; "
+        "train and val need the same classes: rename class folders until they agree, put an image or more "
+        "into each that one lacks, or remove it from the other; "
         f"only in train: {_listed(set(ours) - set(theirs))}; only in val: {_listed(set(theirs) - set(ours))}"
     )
 
@@ -120,4 +132,4 @@ def check_same_classes(train: Images, val: Images) -> tuple[str, ...]:
 def _listed(names: Collection[str]) -> str:
     shown = sorted(names)[:_NUM_LISTED]
     more = [f"and {len(names) - len(shown):,} more"] if len(names) > len(shown) else []
-    return ", ".join([*shown, *more]) or "none"
+    return ", ".join([*map(printable, shown), *more]) or "none"

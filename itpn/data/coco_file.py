@@ -10,7 +10,7 @@ import numpy as np
 
 from itpn.data.coco import Category, Coco, Finding, Objects
 from itpn.data.coco_entries import Annotation, Entry, Frame, annotation, brief, fields_of, text, whole
-from itpn.data.images import Split
+from itpn.data.folders import Split
 from itpn.data.source import Blobs, Names
 from itpn.errors import UserError
 

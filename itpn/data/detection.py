@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 
 from itpn.data.coco import Coco, check_categories
 from itpn.data.coco_file import find_coco, places
+from itpn.data.folders import Split
 from itpn.data.grouping import GroupedEpochs
-from itpn.data.images import Split
 from itpn.data.loader import BadImages, Batch, Draw, Loaded, MicroBatches, Samples, load
 from itpn.data.objects import objects_seen
 from itpn.data.picture import BadImageError

@@ -1,25 +1,30 @@
 """Finding the images of a data set on disk."""
 
-import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from itpn.data import oddities
+from itpn.data.folders import (
+    SPLITS,
+    LeftOut,
+    Split,
+    folders_in,
+    readable,
+    some,
+    split_folder,
+    walk,
+)
 from itpn.data.picture import Picture, open_picture, read_file
 from itpn.data.randomness import permutation
 from itpn.data.shards import COMPRESSED, archives_in, find_sharded
 from itpn.data.source import SUFFIXES, Images, Names
 from itpn.errors import UserError, printable
-from itpn.outputs import MANIFEST, is_run, outputs_among
-
-Split = Literal["train", "val"]
-SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,9 +33,11 @@ class ImageList(Images):
 
     Attributes:
         root: The folder that `names` are relative to.
+        around: How many folders lie around those of the classes, one in the other.
     """
 
     root: Path
+    around: int = 0
 
     def path(self, index: int) -> Path:
         return self.root / self.names[index]
@@ -47,20 +54,25 @@ class ImageList(Images):
     def order(self, seed: int, epoch: int) -> Tensor:
         return permutation(seed, epoch, len(self))
 
+    @property
+    def fingerprint(self) -> str:
+        """As for all images; but earlier versions found no classes where folders lie around theirs."""
+        bare = replace(self, labels=None, class_names=None, around=0) if self.around else self
+        return super(ImageList, bare).fingerprint
+
 
 def find_images(root: Path, split: Split = "train", list_file: Path | None = None) -> Images:
     """The images of a split below `root`, sorted by path, or those that `list_file` names, in its order.
 
-    ROOT/train (or val) is used where it exists, else ROOT/ILSVRC/Data/CLS-LOC/train, else, for training,
-    ROOT itself. If that folder holds tar files, they are the shards that the images are in. Otherwise it is
-    searched recursively; the first folder level below is the class, if every image lies in such a folder and
-    there are at least two.
+    The folder of the split is used where `split_folder` finds one, else, for training, ROOT itself. If that
+    folder holds tar files, they are the shards that the images are in. Otherwise it is searched recursively;
+    the first folder level below what all images share is the class, if every image lies in such a folder.
 
     Raises:
-        UserError: A folder is missing, is a file or holds no image; a listed file is missing; a shard is
-            damaged or lies beside images.
+        UserError: A folder is missing, is a file or holds no image; several may be meant; a listed file is
+            missing; a shard is damaged or lies beside images.
     """
-    with _readable():
+    with readable():
         return _listed_images(list_file, root) if list_file else _images_below(root, split)
 
 
@@ -70,20 +82,12 @@ def find_all(root: Path) -> list[Images]:
     Raises:
         UserError: as for `find_images`.
     """
-    with _readable():
-        ours: list[str] = []
-        if names := sorted(walk(root, ours)):
-            return [_image_list(root, names, [()] * len(names), f"under {root}{_left_out(ours)}")]
+    with readable():
+        left_out = LeftOut()
+        if names := sorted(walk(root, left_out)):
+            return [_image_list(root, names, [()] * len(names), f"under {printable(root)}{left_out}")]
         splits = [split for split in SPLITS if split_folder(root, split)]
     return [find_images(root, split) for split in splits or SPLITS[:1]]  # tar shards, or nothing
-
-
-@contextmanager
-def _readable() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}; check its permissions") from error
 
 
 def _images_below(root: Path, split: Split) -> Images:
@@ -91,12 +95,17 @@ def _images_below(root: Path, split: Split) -> Images:
         raise UserError(f"the data folder {root} does not exist; name the folder of images with --data.root")
     if not root.is_dir():
         raise UserError(f"{root} is a file; --data.root takes a folder, --data.list a list of paths")
-    folder = split_folder(root, split) or (root if split == "train" else None)
+    made = split_folder(root, split)
+    folder = made or (root if split == "train" else None)
     if folder is None:
-        raise UserError(f"{root} has no folder {split!r}; add it or name another root to evaluate on")
+        there = some([f"{path.name}/" for path in folders_in(root)]) or "no folders"
+        raise UserError(
+            f"{root} has no folder {split!r}, but {there}; name the one to evaluate on {split}, beside one "
+            "called train, or name another root"
+        )
     tars, compressed = archives_in(folder, (".tar",)), archives_in(folder, COMPRESSED)
-    ours: list[str] = []
-    names = sorted(walk(folder, ours))
+    left_out = LeftOut()
+    names = sorted(walk(folder, left_out))
     if tars and not compressed and not names:
         return find_sharded(folder, tars)
     if tars and names:
@@ -110,67 +119,26 @@ def _images_below(root: Path, split: Split) -> Images:
             "place, and remove the compressed file"
         )
     if not names:
-        found = "is empty" if not any(folder.iterdir()) else f"holds no image{_left_out(ours)}"
-        raise UserError(f"the data folder {folder} {found}; looked below it for {' '.join(sorted(SUFFIXES))}")
+        found = "is empty" if not any(folder.iterdir()) else f"holds no image{left_out}"
+        cure = f"; {left_out.pictures(folder)}" if left_out.others else ""
+        raise UserError(
+            f"the data folder {folder} {found}; looked below it for {' '.join(sorted(SUFFIXES))}{cure}"
+        )
+    beside = note = ""
+    if split == "train":
+        beside, note = oddities.beside(made) if made else ("", oddities.whole(root))
     parents = [name.split("/")[:-1] for name in names]
-    return _image_list(folder, names, parents, f"under {folder}{_left_out(ours)}")
-
-
-def split_folder(root: Path, split: Split) -> Path | None:
-    """The folder made for a split, if there is one."""
-    folders = (root / split, root / "ILSVRC/Data/CLS-LOC" / split)
-    return next((folder for folder in folders if folder.is_dir()), None)
-
-
-def walk(root: Path, ours: list[str] | None = None) -> Iterator[str]:
-    """Visible image files below root, relative to it; each real folder once, so links cannot loop.
-
-    Args:
-        ours: takes the names of run directories and outputs, which are left out. None: they are not.
-    """
-    seen: set[tuple[int, int]] = set()
-    folders = [""]
-    while folders:
-        folder = folders.pop()
-        status = os.stat(root / folder)
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(root / folder) as entries:
-            found = {entry.name: entry for entry in entries}
-        if ours is not None and "run.json" in found and is_run(root / folder):
-            ours.append(folder or "./")
-            continue
-        if ours is not None and MANIFEST in found:
-            written = sorted(outputs_among(root / folder, [name for name in found if _has_suffix(name)]))
-            ours += [f"{folder}{name}" for name in written]
-            found = {name: entry for name, entry in found.items() if name not in written}
-        visible = [found[name] for name in sorted(found) if name[0] != "."]
-        folders += [f"{folder}{entry.name}/" for entry in reversed(visible) if _leads_to(entry.is_dir)]
-        yield from (f"{folder}{entry.name}" for entry in visible if _is_image(entry))
-
-
-def _left_out(ours: Sequence[str]) -> str:
-    """A clause of a description."""
-    some = ", ".join(map(printable, ours[:3])) + (", …" if len(ours) > 3 else "")
-    return f"; {len(ours):,} left out that itpn wrote ({some})" if ours else ""
-
-
-def _has_suffix(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES
-
-
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    return _has_suffix(entry.name) and _leads_to(entry.is_file)
-
-
-def _leads_to(kind: Callable[[], bool]) -> bool:
-    try:
-        return kind()
-    except OSError as error:  # a link to itself leads nowhere, as one to a missing file does
-        if error.errno == errno.ELOOP:
-            return False
-        raise
+    around = len(os.path.commonprefix(parents))  # noqa: RUF071 - of lists: folders are compared
+    below = [parts[around:] for parts in parents]
+    inside = folder.joinpath(*parents[0][:around])
+    images = _image_list(folder, names, below, f"under {printable(inside)}{beside}{left_out}")
+    notes = [note, left_out.pictures(folder)]
+    if images.labels is not None:
+        known = {*(images.class_names or ()), *left_out.folders(around)}
+        notes += [oddities.same_inside(inside, below), oddities.without_image(inside, known)]
+    elif note:
+        images = replace(images, unlabelled=note)
+    return replace(images, around=around, notes=tuple(filter(None, notes)))
 
 
 def _listed_images(list_file: Path, root: Path) -> ImageList:
@@ -209,4 +177,5 @@ def _image_list(folder: Path, names: list[str], parents: Sequence[Sequence[str]]
         labels=torch.tensor([ids[parts[0]] for parts in parents]) if labelled else None,
         class_names=tuple(classes) if labelled else None,
         description=f"{len(names):,} images {kind} {where}",
+        unlabelled="" if labelled else oddities.why_unlabelled(folder, names, parents),
     )

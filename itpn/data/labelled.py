@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from itpn.data.images import ImageList, Split, walk
+from itpn.data.folders import LeftOut, Split, walk
+from itpn.data.images import ImageList
 from itpn.data.labels import MAX_CLASSES, Labelling, Labels, listed, read_labels
 from itpn.data.pairing import folders_of, partners
 from itpn.data.picture import BadImageError
@@ -137,7 +138,7 @@ def paired(image_folder: Path, label_folder: Path, labelling: Labelling, *, skip
         UserError: a folder is missing or empty, two images share a name, or, unless these are to be skipped,
             files have no partner.
     """
-    images = _by_stem(image_folder, walk(image_folder, []))
+    images = _by_stem(image_folder, walk(image_folder, LeftOut()))
     labels = _by_stem(label_folder, walk(label_folder))  # a model's labels may be learned from
     partner = partners(images.keys(), labels.keys())
     both = sorted(partner)

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import TiffImageFile
 
 from itpn.data.limits import JPEG_START, check_coding
 from itpn.data.picture import Size, blame, read_file
+from itpn.data.storage import depth, stored_as
 from itpn.errors import UserError
 
 Labels = NDArray[Any]
@@ -25,8 +25,6 @@ FORMATS = ("PNG", "TIFF", "BMP", "GIF")
 CONVERT = "store it anew as docs/data.md shows under “Label pictures of other kinds”"
 
 _PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-_BIT_DEPTH = 24  # where the header of a PNG has it
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of a TIFF
 _SPREAD = {2: 85, 4: 17}  # Pillow spreads grey values of few bits over 0..255
 _COLOURS = ("RGB", "RGBA", "LA")
 _NUMBERS = ("1", "L", "P", "I;16", "I;16B", "I", "F")
@@ -157,14 +155,14 @@ def _numbers(image: Image.Image, data: bytes, size: Size | None) -> NDArray[Any]
             else "scale the labels to that size without smoothing"
         )
         raise ValueError(f"{across} x {down} labels for an image of {width} x {height} pixels; {cure}")
-    depth = _depth(image, data)
+    bits = depth(image, data)
     if image.mode in _COLOURS:
-        return _grey(image, depth)
+        return _grey(image, bits)
     if image.mode not in _NUMBERS:
         raise ValueError(f"a {image.format} of mode {image.mode} holds no labels; {CONVERT}")
     values = np.array(image)
     if image.mode == "L":
-        values = values // _SPREAD.get(depth, 1)
+        values = values // _SPREAD.get(bits, 1)
     return _whole(values)
 
 
@@ -178,25 +176,18 @@ def _opened(data: bytes) -> Image.Image:
         raise ValueError(f"labels are read from {formats} files, and this is {kind}; {CONVERT}") from error
     if image.format == "PNG" and not data.startswith(_PNG_START):
         raise ValueError("a PNG that does not begin with its header")
-    if isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+    if (stored := stored_as(image)) and stored.white_is_zero:
         raise ValueError(f"a TIFF whose 0 is white has no plain numbers; {CONVERT}")
     return image
 
 
-def _depth(image: Image.Image, data: bytes) -> int:
-    """How many bits a number has in the file."""
-    if isinstance(image, TiffImageFile):
-        return max(map(int, image.tag_v2.get(_BITS_PER_SAMPLE, (1,))))
-    return data[_BIT_DEPTH] if image.format == "PNG" else 8
-
-
-def _grey(image: Image.Image, depth: int) -> NDArray[np.uint8]:
+def _grey(image: Image.Image, bits: int) -> NDArray[np.uint8]:
     """The numbers of a grey picture that is stored as colours, all opaque."""
     pixels = np.array(image)
     colours = pixels[..., : 3 if pixels.shape[-1] > 2 else 1]
     kind = f"a {image.format} of mode {image.mode} holds"
-    if depth > 8:
-        raise ValueError(f"{kind} colours of {depth} bits, not labels; {CONVERT}")
+    if bits > 8:
+        raise ValueError(f"{kind} colours of {bits} bits, not labels; {CONVERT}")
     if (colours != colours[..., :1]).any():
         packed = np.unique(colours @ np.array([1 << 16, 1 << 8, 1]))
         some = ", ".join(f"#{colour:06x}" for colour in packed[:5]) + (", …" if len(packed) > 5 else "")

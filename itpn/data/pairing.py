@@ -7,17 +7,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from itpn.data.images import Split
+from itpn.data.folders import KINDS, SPLITS, Split, one_of
 from itpn.data.source import SUFFIXES
-from itpn.errors import UserError
 
 IMAGES = ("images", "image", "imgs", "img", "jpegimages")
 LABELS = ("labels", "label", "masks", "mask", "annotations", "annotation", "segmentationclass", "gt")
 """What folders of images and of label pictures are called, in any case; the first name goes before others."""
-SPLITS: dict[Split, tuple[str, ...]] = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-}
 
 
 def folders_of(root: Path, split: Split) -> tuple[Path, Path]:
@@ -32,26 +27,19 @@ def folders_of(root: Path, split: Split) -> tuple[Path, Path]:
     usual = root / "images" / split, root / "labels" / split
     images, labels = _child(root, IMAGES), _child(root, LABELS)
     if images and labels:
-        if not any(_child(images, names) for names in SPLITS.values()):
+        if not any(_child(images, KINDS[name]) for name in SPLITS):
             return (images, labels) if split == "train" else usual
-        return _child(images, SPLITS[split]) or images / split, _child(
-            labels, SPLITS[split]
-        ) or labels / split
-    if images or not (folder := _child(root, SPLITS[split])):
+        return _child(images, KINDS[split]) or images / split, _child(labels, KINDS[split]) or labels / split
+    if images or not (folder := _child(root, KINDS[split])):
         return usual
     return _child(folder, IMAGES) or folder / "images", _child(folder, LABELS) or folder / "labels"
 
 
 def _child(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """The folder of one of these names, in any case; the first name as it is goes before all others."""
-    if (folder / names[0]).is_dir():
-        return folder / names[0]
+    """The folder of one of these names, in any case; the first name goes before all others."""
     inside = sorted(folder.iterdir()) if folder.is_dir() else []
     found = [path for path in inside if path.name.lower() in names and path.is_dir()]
-    if len(found) > 1:
-        some = " and ".join(path.name for path in found)
-        raise UserError(f"{folder} has {some}; name the folder that is meant {names[0]}")
-    return found[0] if found else None
+    return one_of(found, names[0])
 
 
 def partners(images: Collection[str], labels: Collection[str]) -> dict[str, str]:

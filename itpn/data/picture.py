@@ -18,7 +18,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
+from itpn.data.kinds import unreadable
 from itpn.data.limits import JPEG_START, MAX_BYTES, MAX_PIXELS, check_coding, check_scans, check_segments
+from itpn.data.storage import TO_8_BITS, Storage, is_inverted, stored_as
 from itpn.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -71,13 +73,14 @@ class Picture:
         self._path = path
         with blame(path):
             self._jpeg = _read_jpeg(file)
-            self._image: Image.Image = Image.open(file, formats=FORMATS)
+            self._image = _open(file)
             check_coding(self._image)
             if self._jpeg is not None:
                 check_scans(self._jpeg, *self._image.size)
             else:
                 self._image.load()  # Pillow turns a TIFF upright only here
                 _check_range(self._image)
+            self._inverted = is_inverted(self._image)
             self._orientation = orientation(self._image)
         self._raw_size = self._image.size
         self.size = self._raw_size[::-1] if self._orientation in _SIDEWAYS else self._raw_size
@@ -85,7 +88,7 @@ class Picture:
     def decode(self) -> Image.Image:
         """The whole image as upright 8-bit RGB."""
         with blame(self._path):
-            return self._upright(_rgb(self._image))
+            return self._upright(_rgb(self._image, self._inverted))
 
     def cut(self, box: Box, size: Size) -> Tensor:
         """A box of the upright image, bicubic and antialiased, as uint8 [3, H, W].
@@ -115,7 +118,7 @@ class Picture:
         """A part of the raw image at 1 / factor, as RGB [h, w, 3]."""
         pixels = self._plain_jpeg(factor)
         if pixels is None:
-            return np.array(_rgb(self._image.crop(corners)))
+            return np.array(_rgb(self._image.crop(corners), self._inverted))
         left, top, right, bottom = corners
         return pixels[top:bottom, left:right]
 
@@ -215,8 +218,6 @@ def blame(path: Path) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
             yield
-    except UnidentifiedImageError as error:
-        raise BadImageError(path, f"not an image in one of the formats {', '.join(FORMATS)}") from error
     except Exception as error:  # a hostile file can raise nearly anything in a decoder
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _RESOURCES):
             raise
@@ -231,14 +232,24 @@ def _reason(error: Exception) -> str:
     return " ".join((said or str(error)).split()) or type(error).__name__
 
 
+def _open(file: BinaryIO) -> Image.Image:
+    """An image of a format and a kind that Pillow reads right."""
+    stored = Storage.read(file)
+    if stored and stored.is_refused:
+        raise ValueError(stored.refusal)
+    try:
+        return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        reason = stored.refusal if stored else unreadable(file, ", ".join(FORMATS))
+        raise ValueError(reason) from error
+
+
 def _check_range(image: Image.Image) -> None:
     """Of all pixels, so that a file is not readable in one crop and unreadable in the next."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; convert the file to 8 or 16 bits")
     if image.mode == "I":
         lowest, highest = cast(tuple[int, int], image.getextrema())
         if lowest < 0 or highest > 65535:
-            raise ValueError("pixels outside 0 to 65535; convert the file to 8 or 16 bits")
+            raise ValueError(f"{stored_as(image) or 'pixels'}, some outside 0 to 65535; {TO_8_BITS}")
 
 
 def _read_jpeg(file: BinaryIO) -> bytes | None:
@@ -270,12 +281,13 @@ def _resized(part: NDArray[np.uint8], box: tuple[float, float, float, float], si
     return F.interpolate(images, size=size, mode="bicubic", antialias=True)[0]
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, inverted: bool) -> Image.Image:
     image.load()
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I"):
-        return image.convert("I").point(_TO_8_BITS, "L").convert("RGB")
+        table = _TO_8_BITS[::-1] if inverted else _TO_8_BITS
+        return image.convert("I").point(table, "L").convert("RGB")
     if image.has_transparency_data:
         colours = image.convert("RGBA")
         white = Image.new("RGB", colours.size, "white")

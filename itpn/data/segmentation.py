@@ -20,7 +20,7 @@ from itpn.data.aligned import (
     padded,
     scaled_size,
 )
-from itpn.data.images import Split
+from itpn.data.folders import Split
 from itpn.data.labelled import IGNORED, LabelledImages, find_masks
 from itpn.data.labels import MAX_CLASSES
 from itpn.data.loader import Batch, Draw, Loaded, MicroBatches, Samples, load

@@ -17,7 +17,7 @@ from itpn.data.picture import Picture, blame, open_bytes
 from itpn.data.randomness import block_permutation
 from itpn.data.shard_index import FILE, Index, Shard, read_index
 from itpn.data.source import Images
-from itpn.errors import UserError
+from itpn.errors import UserError, printable
 
 SHARDS_PER_BLOCK = 8
 """Shards whose samples are mixed in training; more mixes better, fewer are read from at a time."""
@@ -119,11 +119,14 @@ def find_sharded(folder: Path, tars: Sequence[Path]) -> ShardedImages:
         else "",
         "" if stored else f"; {FILE} cannot be written there, so the next start reads all headers again",
     ]
+    bare = int((ids < 0).argmax())
     return ShardedImages(
         names=index.names,
         labels=None if class_names is None else torch.from_numpy(ids.copy()),
         class_names=class_names,
-        description=f"{len(ids):,} images {kind} in {len(tars):,} shards under {folder}{''.join(notes)}",
+        description=f"{len(ids):,} images {kind} in {len(tars):,} shards under {printable(folder)}"
+        + "".join(notes),
+        unlabelled="" if class_names else f"{index.names[bare]} has no label: give each image one in KEY.cls",
         folder=folder,
         index=index,
     )

@@ -69,6 +69,7 @@ class Images(ABC):
         class_names: By class id; None exactly where `labels` is.
         description: One line to print: how many images, and where they were found.
         notes: What was odd about the files, a line each: a number, an example, the likely cause and a cure.
+        unlabelled: Why there are no classes, and what to do; empty where there are.
     """
 
     names: Names
@@ -76,6 +77,7 @@ class Images(ABC):
     class_names: tuple[str, ...] | None
     description: str
     notes: tuple[str, ...] = ()
+    unlabelled: str = ""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -125,12 +127,14 @@ class Subset(Images):
     @classmethod
     def of(cls, whole: Images, indices: Tensor, note: str) -> "Subset":
         """Those of `indices`, long [n], each once; `note` says why, in a word or two."""
+        found, *clauses = whole.description.partition(";")
         return cls(
             names=Names([whole.names[index] for index in indices.tolist()]),
             labels=None if whole.labels is None else whole.labels[indices],
             class_names=whole.class_names,
-            description=f"{len(indices):,} of {whole.description}, {note}",
+            description=f"{len(indices):,} of {found}, {note}{''.join(clauses)}",
             notes=whole.notes,
+            unlabelled=whole.unlabelled,
             whole=whole,
             indices=indices.numpy(),
         )

@@ -10,15 +10,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from itpn.data.classes import check_same_classes, describe_balance, readable
-from itpn.data.images import find_images, split_folder
+from itpn.data.classes import check_same_classes, class_names_of, describe_balance, readable
+from itpn.data.folders import split_folder
+from itpn.data.images import find_images
 from itpn.data.loader import DataConfig, train_loader
 from itpn.data.picture import BadImageError
 from itpn.data.source import Images, hold_out
 from itpn.engine.distributed import World, join_world
 from itpn.engine.numerics import Precision, evaluating
 from itpn.engine.run import Run
-from itpn.errors import UserError
 from itpn.evaluate.classify import Predictions, Report, predict, report, scores
 from itpn.heads.finetune import ClassifyObjective
 from itpn.nn.linear import casting_once
@@ -71,10 +71,7 @@ def splits(data: DataConfig, val_share: float) -> tuple[Images, Images]:
         UserError: there are no class folders, or train and val have different ones.
     """
     images = find_images(data.root, "train", data.list)
-    if images.labels is None:
-        raise UserError(
-            f"labels are needed, but found {images.description}; put each image in a folder of its class"
-        )
+    class_names_of(images)
     if split_folder(data.root, "val") is None:
         return hold_out(images, val_share, seed=0)
     val = find_images(data.root, "val")

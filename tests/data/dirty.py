@@ -185,7 +185,7 @@ UNREADABLE = {
     "truncated.gif": (encoded(noise(), "GIF")[:1500], "truncated"),
     "truncated.bmp": (encoded(noise(), "BMP")[:1500], "truncated"),
     "truncated.webp": (encoded(noise(), "WEBP")[:1500], "decoder"),
-    "truncated.tif": (encoded(noise(), "TIFF", compression="tiff_lzw")[:1500], "not an image"),
+    "truncated.tif": (encoded(noise(), "TIFF", compression="tiff_lzw")[:1500], "a TIFF, which cannot"),
     "truncated.ppm": (encoded(noise(), "PPM")[:1500], "truncated"),
     "broken.png": (encoded(noise(), "PNG").replace(b"IDAT", b"IDAT\0\0", 1), "broken"),
     "huge.png": (png(40_000, 40_000, 8, 2, b""), "limit"),
@@ -208,6 +208,9 @@ UNREADABLE = {
     "long-text.png": (bomb(b"zTXt", b"a\0\0"), "too large"),
     "long-profile.png": (bomb(b"iCCP", b"a\0\0"), "too large"),
     "float.tif": (encoded(flat("F"), "TIFF"), "floating-point"),
-    "out-of-range.tif": (encoded(ONE_TOO_BRIGHT, "TIFF"), "outside 0 to 65535"),
+    "out-of-range.tif": (
+        encoded(ONE_TOO_BRIGHT, "TIFF"),
+        "signed numbers, some outside 0 to",
+    ),
 }
 """By name: the file, and words of the reason why it is not read."""

@@ -79,7 +79,7 @@ def test_other_classes_are_listed() -> None:
     listed = ", ".join(f"only{i:02}" for i in range(20))
     with pytest.raises(UserError, match=rf"only in train: {listed}, and 3 more; only in val: none$"):
         check_same_classes(train, of_classes(both=1))
-    with pytest.raises(UserError, match=r"folders until they agree; only in train: none; only in val: dog$"):
+    with pytest.raises(UserError, match=r"from the other; only in train: none; only in val: dog$"):
         check_same_classes(of_classes(cat=1), of_classes(cat=1, dog=1))
 
 

@@ -218,7 +218,7 @@ def test_check_data_finds_what_training_would(
         "3 CMYK",
         "7 turned by EXIF",
         "6 with a palette",
-        "3 of 16 bits or more",
+        "4 of more than 8 bits",
         "5 of several frames or pages",
         "2 named as another format",
     ):
