@@ -50,13 +50,12 @@ def without_additions(
     for pattern, reason in rules.items():
         left_out |= {key: reason for key in state if fnmatchcase(key, pattern)}
     kept = {key: value for key, value in state.items() if key not in left_out}
-    table = next((key for key in POSITIONS if key in kept), None)
-    if table is not None:
-        if "pos_embed_x" in kept:
-            kept[table] = kept.pop("pos_embed_x")
-            left_out[table] = "of one image alone; pos_embed_x takes its place"
-        if kept[table].ndim in (2, 3):
-            kept[table] = _image_rows(table, kept[table], "cls_token" in state, given, left_out)
+    table = next((key for key in POSITIONS if key in kept), "absolute_pos_embed")
+    if "pos_embed_x" in kept:
+        left_out |= {table: "of one image alone; pos_embed_x takes its place"} if table in kept else {}
+        kept[table] = kept.pop("pos_embed_x")
+    if table in kept and kept[table].ndim in (2, 3):
+        kept[table] = _image_rows(table, kept[table], "cls_token" in state, given, left_out)
     for key in STEMS:
         if key in kept and given.stem != "all" and kept[key].ndim == 4:
             kept[key] = _three_channels(key, kept[key], given, left_out)

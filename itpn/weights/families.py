@@ -113,7 +113,7 @@ def family_of(state: Mapping[str, Tensor], wrapping: Iterable[str] = ()) -> str:
     if "backbone.patch_embed.proj.weight" in state:
         with_neck = any(key.startswith("neck.") for key in state)
         return "mmpretrain-itpn" if with_neck else "mmpretrain-hivit"
-    if "pos_embed" in state:
+    if "pos_embed" in state or any(key.endswith(".attn.q_proj.weight") for key in state):
         return "official-fast"
     if "detector heads" in wrapping or any(key.endswith(".rel_pos_h") for key in state):
         return "official-detection"

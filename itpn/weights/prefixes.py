@@ -30,7 +30,9 @@ def model_of(
         UserError: there are several models, none of averaged weights, or none of the prefix given.
     """
     tensors = _without_torchs(tensors, wrapping)
-    start = "" if given is None else TORCHS.sub("", f"{given.removesuffix('.')}.")
+    start = TORCHS.sub("", given or "")
+    if start and _any_start(tensors, f"{start}."):
+        start = f"{start}."
     models = _prefixes(tensors)
     if not _any_start(tensors, start):
         starts = ", ".join(printable(name)[:60] for name in models[:MAX_NAMED] if name)

@@ -218,7 +218,7 @@ def test_an_entry_and_a_prefix_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match="--entry nte: there is no nte in 2 entries: net, epoch"):
         read(tmp_path, content, wanted={"entry": "nte"})
     with pytest.raises(
-        UserError, match=r"--prefix body\.: no tensor's name starts so; models start with encoder.body."
+        UserError, match=r"--prefix body: no tensor's name starts so; models start with encoder.body."
     ):
         read(tmp_path, content, wanted={"prefix": "body"})
     assert is_state(read(tmp_path, content, wanted={"entry": "net", "prefix": "encoder.body."}))

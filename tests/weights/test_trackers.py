@@ -152,6 +152,14 @@ def test_grids_of_two_images_are_told_by_the_number_of_rows(tmp_path, search, te
     assert f"--position-rows {template**2} {search**2 + template**2}" in said
 
 
+def test_tables_for_each_image_without_one_for_all(tmp_path, backbone, state):
+    """Of a tracker on Fast-iTPN, and a prefix without a dot."""
+    split = {key: value for key, value in state.items() if key != "pos_embed"}
+    split |= {"pos_embed_x": state["pos_embed"], "pos_embed_z": torch.randn(1, 49, WIDTH)}
+    weights = convert(tmp_path, tracker(split, prefix="net_"), "--prefix", "net_")
+    has_numbers_of(weights, backbone)
+
+
 def test_a_template_that_comes_first_is_skipped_as_the_message_says(tmp_path, backbone, state):
     swapped = state | {"pos_embed": torch.cat([torch.randn(1, 49, WIDTH), state["pos_embed"]], 1)}
     said = convert(tmp_path, tracker(swapped)).source["left_out"]["pos_embed[196:245]"]
