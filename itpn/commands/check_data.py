@@ -25,7 +25,7 @@ from itpn.data.coco import Coco, Finding
 from itpn.data.coco_file import find_coco, read_coco
 from itpn.data.folders import Split, split_folder
 from itpn.data.images import find_images
-from itpn.data.labelled import IGNORED, NAMES
+from itpn.data.labelled import IGNORED, names_file
 from itpn.data.labels import MAX_CLASSES
 from itpn.data.loader import DataConfig, default_workers
 from itpn.data.segmentation import SegmentationDataConfig, find_labelled, has_split
@@ -130,7 +130,7 @@ def labelled(options: CheckData) -> SegmentationDataConfig:
         values=options.values,
         skip_bad=True,  # to tell of all of them
     )
-    known = data.num_classes or data.names or data.values or (data.root / NAMES).is_file()
+    known = data.num_classes or data.names or data.values or names_file(data.root).is_file()
     if data.format == "ade20k" or known:
         return data
     return replace(data, num_classes=MAX_CLASSES, ignored=None, zero_is_no_label=False)

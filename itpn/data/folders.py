@@ -153,8 +153,7 @@ def split_folder(root: Path, split: Split) -> Path | None:
     Raises:
         UserError: Several folders go by its name.
     """
-    base = _base(root)
-    found = splits_in(base).get(split)
+    found = splits_in(inside(root, splits_in)).get(split)
     imagenet = root / _IMAGENET / split
     return found or (imagenet if imagenet.is_dir() else None)
 
@@ -208,16 +207,16 @@ def holds_image(folder: Path) -> bool:
     return next(walk(folder, LeftOut()), None) is not None
 
 
-def _base(root: Path) -> Path:
-    """The folder that has the splits, where single folders may lie around it; else `root`."""
+def inside(root: Path, is_meant: Callable[[Path], object]) -> Path:
+    """The folder that is meant, where single folders may lie around it; else `root`."""
     folder = root
     for _ in range(_MOST_AROUND):
-        if splits_in(folder):
+        if is_meant(folder):
             return folder
-        inside = folders_in(folder)
-        if len(inside) != 1:
+        found = folders_in(folder)
+        if len(found) != 1:
             break
-        (folder,) = inside
+        (folder,) = found
     return root
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from itpn.data.folders import LeftOut, Split, walk
 from itpn.data.images import ImageList
 from itpn.data.labels import MAX_CLASSES, Labelling, Labels, listed, read_labels
-from itpn.data.pairing import folders_of, partners
+from itpn.data.pairing import folders_of, partners, root_of
 from itpn.data.picture import BadImageError
 from itpn.data.source import Names
 from itpn.errors import UserError, printable
@@ -216,7 +216,7 @@ def _alone(folder: Path, names: Iterable[str], reason: str) -> list[BadImageErro
 def _class_names(
     root: Path, names: Path | None, num_classes: int | None, values: tuple[int, ...]
 ) -> tuple[str, ...]:
-    path = names or root / NAMES
+    path = names or names_file(root)
     if names is None and not path.is_file():
         if values and num_classes in (None, len(values)):
             return tuple(f"class {value}" for value in values)
@@ -232,6 +232,11 @@ def _class_names(
     if num_classes not in (None, len(found)):
         raise UserError(f"{path} names {len(found):,} classes, but --data.num-classes says {num_classes:,}")
     return found
+
+
+def names_file(root: Path) -> Path:
+    """The file of class names of a data set; where it should be, if there is none."""
+    return root / NAMES if (root / NAMES).is_file() else root_of(root) / NAMES
 
 
 def numbered(num_classes: int) -> tuple[str, ...]:

@@ -7,12 +7,17 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from itpn.data.folders import KINDS, SPLITS, Split, one_of
+from itpn.data.folders import KINDS, SPLITS, Split, folders_in, inside, one_of
 from itpn.data.source import SUFFIXES
 
 IMAGES = ("images", "image", "imgs", "img", "jpegimages")
 LABELS = ("labels", "label", "masks", "mask", "annotations", "annotation", "segmentationclass", "gt")
 """What folders of images and of label pictures are called, in any case; the first name goes before others."""
+
+
+def root_of(folder: Path) -> Path:
+    """The folder that has the folders of images or of splits, where single ones may lie around it."""
+    return inside(folder, lambda place: any(_child(place, names) for names in (IMAGES, *KINDS.values())))
 
 
 def folders_of(root: Path, split: Split) -> tuple[Path, Path]:
@@ -24,6 +29,7 @@ def folders_of(root: Path, split: Split) -> tuple[Path, Path]:
     Raises:
         UserError: Several folders go by a usual name.
     """
+    root = root_of(root)
     usual = root / "images" / split, root / "labels" / split
     images, labels = _child(root, IMAGES), _child(root, LABELS)
     if images and labels:
@@ -37,9 +43,7 @@ def folders_of(root: Path, split: Split) -> tuple[Path, Path]:
 
 def _child(folder: Path, names: tuple[str, ...]) -> Path | None:
     """The folder of one of these names, in any case; the first name goes before all others."""
-    inside = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = [path for path in inside if path.name.lower() in names and path.is_dir()]
-    return one_of(found, names[0])
+    return one_of([path for path in folders_in(folder) if path.name.lower() in names], names[0])
 
 
 def partners(images: Collection[str], labels: Collection[str]) -> dict[str, str]:

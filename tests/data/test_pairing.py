@@ -117,6 +117,20 @@ def test_without_split_folders_all_is_to_train_on_and_a_share_is_held_out(root: 
     assert [len(images) for images in find_splits(config, 0.25)] == [3, 1]
 
 
+def test_folders_around_everything_are_looked_into(root: Path) -> None:
+    around = root.parent.parent / "around"
+    around.mkdir()
+    (around / "__MACOSX").mkdir()
+    before = find_masks(root)
+    shutil.move(root, around / "export" / "masks")
+    images = find_masks(around)
+    assert images.fingerprint == before.fingerprint and images.labelling.class_names[0] == "red"
+    assert has_split(SegmentationDataConfig(root=around, format="masks"), "val")
+    (around / "export/other").mkdir()
+    with pytest.raises(UserError, match=r"images/train; \S* has __MACOSX/, export/; images go to ROOT"):
+        find_masks(around, num_classes=4)
+
+
 def test_two_folders_that_may_be_meant_are_named(root: Path) -> None:
     moved(root, ("labels", "masks"))
     (root / "annotations").mkdir()
@@ -127,7 +141,8 @@ def test_two_folders_that_may_be_meant_are_named(root: Path) -> None:
 
 
 def test_what_is_there_is_told_where_nothing_is_found(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"images/train; \S* has masks/; images go to ROOT/images/train"):
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match=r"images/train; \S* has masks/, other/; images go to ROOT/images/"):
         find_masks(tmp_path, num_classes=4)
     moved(root, ("labels", "truth"))
     with pytest.raises(UserError, match=r"labels/train; \S* has classes.txt, images/, truth/; images go"):

@@ -28,6 +28,7 @@ from itpn.evaluate.detect import (
     to_original,
     write_results,
 )
+from itpn.tasks.objects import numbers_of
 from tests.data.coco import content, thing, written
 
 KINDS: tuple[Kind, ...] = ("box", "mask")
@@ -208,3 +209,12 @@ def test_run_lengths_of_nothing_are_evaluated(scenes: Coco) -> None:
     )
     assert run_lengths(empty.numpy()).tolist() == [empty.numel()]
     assert average_precision(scenes, results, "mask").overall["AP"] == 0
+
+
+def test_without_objects_to_find_there_is_no_number(tmp_path: Path) -> None:
+    """Also where something is found, as on a crowd."""
+    crowd = content([(48, 64), (48, 64)], annotations=[thing(1, iscrowd=1)])
+    coco = read_coco(written(tmp_path, crowd), tmp_path)
+    found: Result = {"image_id": 2, "category_id": 3, "bbox": [1, 1, 5, 5], "score": 0.5}
+    for results in ([], [found]):
+        assert numbers_of([average_precision(coco, results, "box")]) == {}
