@@ -116,7 +116,7 @@ def test_exit_status(monkeypatch, capsys, raised, status):
         ("info pretrain_demo --clip-grad 0", "--clip-grad"),
         ("info pretrain_demo --checkpoint-every 0", "--checkpoint-every"),
         ("info pretrain_demo --picture-every -1", "--picture-every"),
-        ("configs all", "takes no argument"),
+        ("configs all", "takes no argument but --markdown"),
     ],
 )
 def test_mistakes_before_anything_runs(capsys, arguments, words):
@@ -199,7 +199,7 @@ def test_info_counts_a_teacher_apart(capsys):
     assert teacher.split()[-2] == "0"
 
 
-def test_configs_lists_every_config_with_its_promise(capsys, elsewhere):
+def test_configs_lists_every_config_with_its_remark(capsys, elsewhere):
     (elsewhere / "configs").mkdir()
     (elsewhere / "configs" / "mine.py").write_text('"""My own run."""\n')
     assert cli.main(["configs"]) == 0

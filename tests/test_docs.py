@@ -1,4 +1,4 @@
-"""The documents: every relative link leads somewhere, and the README's Python runs."""
+"""The documents: links and anchors lead somewhere, lines are short, and the Python in them runs."""
 
 import re
 from pathlib import Path
@@ -11,6 +11,7 @@ from PIL import Image
 from itpn import cli
 from itpn.data.labelled import find_masks
 from itpn.data.picture import BadImageError
+from itpn.recipes.lookup import config_files, packaged
 from itpn.recipes.pretrain import demo
 from itpn.tasks.common import config_of
 from itpn.tasks.pretrain import build
@@ -26,24 +27,78 @@ PAGES = [
 ]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_relative_links_resolve(page):
-    for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
-        assert link.startswith("http") or (page.parent / link).exists(), f"{page.name} links to {link}"
+UNWRAPPED = {"data.md", "running.md", "weights.md"}
+WRAPPED = [
+    ROOT / "README.md",
+    *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name not in UNWRAPPED),
+]
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def prose(page: Path) -> list[str]:
+    """The lines of a page outside of code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE).splitlines()
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives to a page's headings."""
+    headings = (line.lstrip("#").strip() for line in prose(page) if line.startswith("#"))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_relative_links_and_their_anchors_resolve(page):
+    for link in re.findall(r"\]\(([^)\s]+)", "\n".join(prose(page))):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{name_of(page)} links to {link}"
+        assert not anchor or anchor in anchors(target), f"{name_of(page)} links to {link}"
+
+
+@pytest.mark.parametrize("page", WRAPPED, ids=name_of)
+def test_lines_wrap_at_100_columns(page):
+    """Tables, code and pictures excepted."""
+    long = [line for line in prose(page) if len(line) > 100 and not line.startswith(("|", "    ", "!["))]
+    assert not long
+
+
+@pytest.mark.parametrize("page", WRAPPED, ids=name_of)
+def test_every_config_that_a_page_names_is_there(page):
+    named = re.findall(r"itpn (?:train|test|info|bench \w+) ([a-z][\w-]*_[\w-]+)", page.read_text())
+    assert set(named) <= set(config_files(packaged()))
+
+
+def test_the_readme_is_read_in_a_minute():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 110
+
+
+def test_the_map_names_every_page():
+    linked = set(re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs/index.md").read_text()))
+    assert linked == {page.name for page in ROOT.glob("docs/*.md")} - {"index.md"}
 
 
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
     [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     recipe = demo()
     tensors = {n: t for n, t in files.portable(build(recipe)).items() if n.startswith(files.MODEL_PARTS)}
+    run = tmp_path / "runs/pretrain_own-data"
+    run.mkdir(parents=True)
+    files.save(run / "pretrained.safetensors", tensors, config_of(recipe))
     monkeypatch.chdir(tmp_path)
-    Path("runs/pretrain_own-data").mkdir(parents=True)
-    files.save(Path("runs/pretrain_own-data/pretrained.safetensors"), tensors, config_of(recipe))
     names = {"images": torch.zeros(1, 3, 96, 128)}
     exec(code, names)
     assert {name: found.shape for name, found in names["maps"].items()} == {
         "p4": (1, 96, 24, 32), "p8": (1, 96, 12, 16), "p16": (1, 96, 6, 8),
+        "p32": (1, 96, 3, 4), "p64": (1, 96, 1, 2),
     }  # fmt: skip
+    names["detector"].transform.min_size = (96,)
+    [found] = names["detector"].eval()([torch.rand(3, 96, 128)])
+    assert found["boxes"].shape[1] == 4
 
 
 def test_the_python_of_the_page_about_weights_runs(tmp_path, monkeypatch):

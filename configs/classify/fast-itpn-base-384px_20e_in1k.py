@@ -1,4 +1,4 @@
-"""Fast-iTPN, base, at 384 pixels: 20 epochs."""
+"""Fast-iTPN, base, at 384 pixels."""
 
 from itpn.recipes.classify import fast_itpn
 

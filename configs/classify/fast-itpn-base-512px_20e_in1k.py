@@ -1,4 +1,4 @@
-"""Fast-iTPN, base, at 512 pixels: 20 epochs."""
+"""Fast-iTPN, base, at 512 pixels."""
 
 from itpn.recipes.classify import fast_itpn
 

@@ -1,4 +1,4 @@
-"""Fast-iTPN, large, at 640 pixels: 20 epochs, layer decay 0.95, a moving average."""
+"""Fast-iTPN, large, at 640 pixels: layer decay 0.95, a moving average of the weights."""
 
 from itpn.recipes.classify import fast_itpn
 

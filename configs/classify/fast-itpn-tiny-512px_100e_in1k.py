@@ -1,4 +1,4 @@
-"""Fast-iTPN, tiny, at 512 pixels: 100 epochs."""
+"""Fast-iTPN, tiny, at 512 pixels."""
 
 from itpn.recipes.classify import fast_itpn
 

@@ -1,4 +1,4 @@
-"""Fast-iTPN, tiny, at 224 pixels: 100 epochs, layer decay 0.80, a moving average."""
+"""Fast-iTPN, tiny, at 224 pixels: layer decay 0.80, a moving average of the weights."""
 
 from itpn.recipes.classify import fast_itpn
 

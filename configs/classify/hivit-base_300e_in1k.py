@@ -1,4 +1,4 @@
-"""HiViT, base, from scratch (mmpretrain): 300 epochs."""
+"""HiViT, base, from scratch (mmpretrain)."""
 
 from itpn.recipes.classify import hivit
 

@@ -1,4 +1,4 @@
-"""HiViT, small, from scratch (mmpretrain): 300 epochs."""
+"""HiViT, small, from scratch (mmpretrain)."""
 
 from itpn.recipes.classify import hivit
 

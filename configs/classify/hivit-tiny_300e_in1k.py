@@ -1,4 +1,4 @@
-"""HiViT, tiny, from scratch (mmpretrain): 300 epochs."""
+"""HiViT, tiny, from scratch (mmpretrain)."""
 
 from itpn.recipes.classify import hivit
 

@@ -1,4 +1,4 @@
-"""iTPN-B after pre-training on CLIP: 100 epochs, layer decay 0.60."""
+"""iTPN-B after pre-training on CLIP: layer decay 0.60."""
 
 from itpn.recipes.classify import itpn_clip
 

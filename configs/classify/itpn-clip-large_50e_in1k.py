@@ -1,4 +1,4 @@
-"""iTPN-L after pre-training on CLIP: 50 epochs, layer decay 0.55."""
+"""iTPN-L after pre-training on CLIP: layer decay 0.55."""
 
 from itpn.recipes.classify import itpn_clip
 

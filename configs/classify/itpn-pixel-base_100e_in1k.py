@@ -1,4 +1,4 @@
-"""iTPN-B after pre-training on pixels: 100 epochs, layer decay 0.60."""
+"""iTPN-B after pre-training on pixels: layer decay 0.60."""
 
 from itpn.recipes.classify import itpn_pixel
 

@@ -1,4 +1,4 @@
-"""iTPN-L after pre-training on pixels: 50 epochs, layer decay 0.55."""
+"""iTPN-L after pre-training on pixels: layer decay 0.55."""
 
 from itpn.recipes.classify import itpn_pixel
 

@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN on iTPN-B pre-trained on CLIP: 36 epochs."""
+"""Cascade Mask R-CNN on iTPN-B pre-trained on CLIP."""
 
 from itpn.recipes.detect import cascade_mask_rcnn
 

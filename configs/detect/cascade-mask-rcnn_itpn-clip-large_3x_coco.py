@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN on iTPN-L pre-trained on CLIP: 36 epochs (ours)."""
+"""Cascade Mask R-CNN on iTPN-L pre-trained on CLIP (ours)."""
 
 from itpn.recipes.detect import cascade_mask_rcnn
 

@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN on iTPN-B pre-trained on pixels: 36 epochs."""
+"""Cascade Mask R-CNN on iTPN-B pre-trained on pixels."""
 
 from itpn.recipes.detect import cascade_mask_rcnn
 

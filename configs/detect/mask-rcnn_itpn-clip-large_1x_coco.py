@@ -1,4 +1,4 @@
-"""Mask R-CNN on iTPN-L pre-trained on CLIP: 12 epochs."""
+"""Mask R-CNN on iTPN-L pre-trained on CLIP."""
 
 from itpn.recipes.detect import mask_rcnn
 

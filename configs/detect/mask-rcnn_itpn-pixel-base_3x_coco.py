@@ -1,4 +1,4 @@
-"""Mask R-CNN on iTPN-B pre-trained on pixels: 36 epochs."""
+"""Mask R-CNN on iTPN-B pre-trained on pixels."""
 
 from itpn.recipes.detect import mask_rcnn
 

@@ -1,4 +1,4 @@
-"""Mask R-CNN on iTPN-L pre-trained on pixels: 12 epochs."""
+"""Mask R-CNN on iTPN-L pre-trained on pixels."""
 
 from itpn.recipes.detect import mask_rcnn
 

@@ -1,4 +1,4 @@
-"""Mask R-CNN on iTPN-L pre-trained on pixels: 36 epochs (ours)."""
+"""Mask R-CNN on iTPN-L pre-trained on pixels (ours)."""
 
 from itpn.recipes.detect import mask_rcnn
 

@@ -1,4 +1,4 @@
-"""Fast-iTPN-B on CLIP L/14, 300 epochs: 90.37 M, 19.15 GMAC."""
+"""Fast-iTPN-B on CLIP L/14."""
 
 from itpn.recipes.distill import fast_itpn_clip
 

@@ -1,4 +1,4 @@
-"""Fast-iTPN-L on CLIP L/14, 300 epochs: 319.32 M, 65.93 GMAC."""
+"""Fast-iTPN-L on CLIP L/14."""
 
 from itpn.recipes.distill import fast_itpn_clip
 

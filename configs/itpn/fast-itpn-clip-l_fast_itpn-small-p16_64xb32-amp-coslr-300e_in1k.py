@@ -1,4 +1,4 @@
-"""Fast-iTPN-S on CLIP L/14, 300 epochs: 44.56 M, 8.99 GMAC."""
+"""Fast-iTPN-S on CLIP L/14."""
 
 from itpn.recipes.distill import fast_itpn_clip
 

@@ -1,4 +1,4 @@
-"""Fast-iTPN-T on CLIP L/14, 300 epochs: 28.88 M, 5.37 GMAC."""
+"""Fast-iTPN-T on CLIP L/14."""
 
 from itpn.recipes.distill import fast_itpn_clip
 

@@ -1,4 +1,4 @@
-"""iTPN on CLIP B/16, HiViT-B (mmpretrain), 300 epochs: 83.70 M, 18.47 GMAC."""
+"""iTPN on CLIP B/16, HiViT-B (mmpretrain)."""
 
 from itpn.recipes.distill import mmpretrain_clip
 

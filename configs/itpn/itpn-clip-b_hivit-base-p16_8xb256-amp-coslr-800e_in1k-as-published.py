@@ -1,4 +1,4 @@
-"""iTPN on CLIP B/16, HiViT-B (mmpretrain), 800 epochs, loss without lower bound: 83.70 M, 18.47 GMAC.
+"""iTPN on CLIP B/16, HiViT-B (mmpretrain), loss without lower bound.
 
 Cross-entropy on raw features falls for ever, whether or not the student learns. To train, take the name
 without -as-published.

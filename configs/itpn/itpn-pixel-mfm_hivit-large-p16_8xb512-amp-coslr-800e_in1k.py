@@ -1,4 +1,4 @@
-"""iTPN on pixels and features (MFM), HiViT-L (mmpretrain), 800 epochs."""
+"""iTPN on pixels and features (MFM), HiViT-L (mmpretrain)."""
 
 from itpn.recipes.pretrain import mmpretrain_pixel
 

@@ -1,4 +1,4 @@
-"""iTPN-B on pixels and features (MFM), the authors' size, 800 epochs."""
+"""iTPN-B on pixels and features (MFM), the authors' size."""
 
 from itpn.recipes.pretrain import itpn_pixel
 

@@ -1,4 +1,4 @@
-"""iTPN on pixels, HiViT-B (mmpretrain), 1600 epochs: 102.68 M, 18.47 GMAC."""
+"""iTPN on pixels, HiViT-B (mmpretrain)."""
 
 from itpn.recipes.pretrain import mmpretrain_pixel
 

@@ -1,4 +1,4 @@
-"""iTPN on pixels, HiViT-L (mmpretrain), 800 epochs: 314.25 M, 63.98 GMAC."""
+"""iTPN on pixels, HiViT-L (mmpretrain)."""
 
 from itpn.recipes.pretrain import mmpretrain_pixel
 

@@ -1,4 +1,4 @@
-"""MAE on HiViT-L, no pyramid, 400 epochs: 309.40 M, 63.98 GMAC."""
+"""MAE on HiViT-L, no pyramid."""
 
 from itpn.recipes.pretrain import mae
 

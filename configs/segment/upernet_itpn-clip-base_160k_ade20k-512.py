@@ -1,4 +1,4 @@
-"""UPerNet on iTPN-B after pre-training on CLIP: 160,000 steps on ADE20K, crops of 512 pixels."""
+"""UPerNet on iTPN-B after pre-training on CLIP: ADE20K, crops of 512 pixels."""
 
 from itpn.recipes.segment import upernet
 

@@ -1,4 +1,4 @@
-"""For class folders of your own: 50 epochs from pre-trained weights, 128 images a step, mild mixing."""
+"""Class folders of your own, from pre-trained weights: 128 images a step, mild mixing."""
 
 from itpn.recipes.classify import own_data
 

@@ -1,4 +1,4 @@
-"""Images and a COCO instances file of your own: boxes and masks."""
+"""Images and a COCO instances file of your own, from pre-trained weights: boxes and masks."""
 
 from itpn.recipes.detect import own_data
 

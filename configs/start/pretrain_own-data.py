@@ -1,4 +1,4 @@
-"""For a folder of your own images: iTPN-B, pixels and features, 256 images a step, 400 epochs."""
+"""A folder of images of your own: iTPN-B, pixels and features, 256 images a step."""
 
 from itpn.recipes.pretrain import own_data
 

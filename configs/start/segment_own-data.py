@@ -1,4 +1,4 @@
-"""For images and label pictures of your own: 100 epochs from pre-trained weights, 16 crops a step."""
+"""Images and label pictures of your own, from pre-trained weights: 16 crops a step."""
 
 from itpn.recipes.segment import own_data
 

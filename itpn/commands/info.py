@@ -29,6 +29,7 @@ from itpn.objectives.teacher import Teacher, outline
 from itpn.objectives.vision_transformers import CLIP
 from itpn.recipes.classify import Classify
 from itpn.recipes.detect import Detect
+from itpn.recipes.lookup import Recipe
 from itpn.recipes.pretrain import Pretrain
 from itpn.recipes.segment import Segment
 from itpn.tasks import classify, detect, segment
@@ -44,28 +45,8 @@ def run(arguments: list[str]) -> None:
         reading = parse(Reading, arguments[1:], f"itpn info {arguments[0]}")
         return info_of_file(Path(arguments[0]), reading)
     recipe = read_config("itpn info", arguments)
-    objective: Countable
-    teacher = None
-    match recipe:
-        case Classify():
-            recipe = classify.settled(recipe, recipe.classifier.num_classes, None)
-            with torch.device("meta"):
-                objective = Classifier(HiViT(recipe.model.backbone), recipe.classifier)
-            backbone = objective.backbone
-        case Detect():
-            recipe = detect.settled(recipe, None, None)
-            with torch.device("meta"):
-                objective = Detector(recipe.model, recipe.detector)
-            backbone = objective.model.backbone
-        case Segment():
-            recipe = segment.settled(recipe, recipe.segmenter.num_classes, None)
-            with torch.device("meta"):
-                objective = Segmenter(recipe.model, recipe.segmenter)
-            backbone = objective.model.backbone
-        case Pretrain():
-            with torch.device("meta"):
-                objective = files.build_objective(recipe.model, recipe.objective)
-            backbone, teacher = objective.model.backbone, teacher_of(objective)
+    objective = on_meta(recipe)
+    teacher = None if isinstance(objective, Classifier | Detector | Segmenter) else teacher_of(objective)
     table = Table("part", title=recipe.name, title_justify="left")
     table.add_column("parameters", justify="right")
     table.add_column("trainable", justify="right")
@@ -82,7 +63,41 @@ def run(arguments: list[str]) -> None:
     console.print(f"{total.total / 1e6:.2f} M parameters, {total.trainable / 1e6:.2f} M of them trained.")
     if teacher is not None:
         console.print("\n".join(taught_by(teacher, total.total)))
-    console.print(work(backbone, recipe.image_size))
+    console.print(work(backbone_of(objective), recipe.image_size))
+
+
+def on_meta(recipe: Recipe) -> Countable:
+    """Build what a recipe trains, with as many classes as it says, on the meta device."""
+    with torch.device("meta"):
+        match recipe:
+            case Classify():
+                recipe = classify.settled(recipe, recipe.classifier.num_classes, None)
+                return Classifier(HiViT(recipe.model.backbone), recipe.classifier)
+            case Detect():
+                recipe = detect.settled(recipe, None, None)
+                return Detector(recipe.model, recipe.detector)
+            case Segment():
+                recipe = segment.settled(recipe, recipe.segmenter.num_classes, None)
+                return Segmenter(recipe.model, recipe.segmenter)
+            case Pretrain():
+                return files.build_objective(recipe.model, recipe.objective)
+
+
+def size_of(recipe: Recipe) -> dict[str, str]:
+    """Count what `itpn configs` shows of a config: length, parameters, and the backbone's multiply-adds."""
+    objective, loop = on_meta(recipe), recipe.loop
+    total, trained = count_parameters(objective)
+    macs = backbone_multiply_adds(backbone_of(objective), recipe.image_size)
+    return {
+        "epochs": f"{loop.iterations:,} steps" if loop.iterations else str(loop.epochs),
+        "parameters": f"{total / 1e6:.2f} M",
+        "trained": f"{trained / 1e6:.2f} M",
+        "gmac": f"{macs / 1e9:.2f}",
+    }
+
+
+def backbone_of(objective: Countable) -> HiViT:
+    return objective.backbone if isinstance(objective, Classifier) else objective.model.backbone
 
 
 def teacher_of(objective: PixelObjective | DistillObjective) -> Teacher | None:
@@ -216,6 +231,7 @@ def described(weights: Weights) -> Iterator[str]:
 def backbone_multiply_adds(backbone: HiViT, image_size: Size) -> int:
     """Of one image, on the meta device."""
     images = torch.empty(1, backbone.config.in_channels, *image_size, device="meta")
+    backbone(images)  # makes the matrices that resample position tables, once for all images
     return multiply_adds(lambda: backbone(images))
 
 

@@ -143,9 +143,6 @@ def test_sizes_are_the_published_ones(name):
     assert (found.total, found.trainable) == (total, total - frozen)
     assert sum(count_parameters(part).total for part in parts(objective).values()) == total
     assert backbone_multiply_adds(objective.model.backbone, recipe.image_size) == macs
-    promise = ast.get_docstring(ast.parse(FILES[name].read_text())) or ""
-    assert f"{total / 1e6:.2f} M, {macs / 1e9:.2f} GMAC" in promise
-    assert f"{recipe.loop.epochs} epochs" in promise
 
 
 def test_fast_itpns_one_known_size():
