@@ -12,7 +12,7 @@ from PIL import Image
 from itpn import cli
 from itpn.data.loader import DataConfig
 from itpn.engine.loop import LoopConfig
-from itpn.engine.schedule import ScheduleConfig
+from itpn.engine.schedule import ScheduleConfig, lr_at
 from itpn.errors import UserError
 from itpn.evaluate.knn import KnnConfig
 from itpn.nn.pyramid import Model, ModelConfig
@@ -83,6 +83,28 @@ def test_a_finished_run_is_left_alone(run, images, capsys):
     assert pretrain(recipe(images, run)) == run
     assert "is finished" in capsys.readouterr().out
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_goes_on_to_more_epochs(run, images, tmp_path):
+    """With the learning rates that a run of so many epochs has from there on."""
+    shutil.copytree(run, longer := tmp_path / "run")
+    given = recipe(images, longer)
+    loop = replace(given.loop, epochs=4)
+    with pytest.raises(UserError, match=r"is finished: with --force it goes on"):
+        pretrain(replace(given, loop=loop))
+    assert pretrain(replace(given, loop=replace(loop, force=True))) == longer
+    metrics, peak = read_metrics(longer / "metrics.jsonl"), given.optim.peak_lr(8)
+    rates = [metrics[step]["lr"] for step in range(5, 9)]
+    schedule = {"peak": peak, "epochs": 4, "steps_per_epoch": 2}
+    assert rates == [lr_at(step, given.schedule, **schedule) for step in range(4, 8)]
+    assert [step for step, line in metrics.items() if "knn_top1" in line] == [0, 2, 4, 6, 8]
+    assert json.loads((longer / "run.json").read_text())["finished_step"] == 8
+    assert pretrain(replace(given, loop=loop)) == longer  # which is finished now
+
+
+def test_a_new_run_starts_from_a_finished_one(run, images, tmp_path, capsys):
+    pretrain(recipe(images, tmp_path / "new", init=run))
+    assert f"from {run}" in capsys.readouterr().out
 
 
 def test_a_run_that_began_before_a_field_existed_is_no_other_run(run, images, capsys):

@@ -14,6 +14,15 @@ from itpn.engine import checkpoint
 from itpn.engine.checkpoint import write_text
 from itpn.engine.distributed import World
 from itpn.errors import UserError, printable
+from itpn.outputs import is_run
+
+FILES = (
+    *("config.json", "run.json", "metrics.jsonl", "speed.jsonl", "bad_images.jsonl", "report.json"),
+    *("pretrained.safetensors", "best.safetensors", "last.safetensors"),
+    *("checkpoints", "pictures", "replay", "tensorboard"),
+)
+"""What a run writes in its directory, besides its lock."""
+ENDS = ("loop.epochs", "loop.iterations")
 
 
 class Run:
@@ -40,6 +49,8 @@ class Run:
         completed: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ) -> None:
         self.directory, self.world, self.force = directory, world, force
+        self.is_extended = False
+        """Whether the run was finished, and now has a later end."""
         self.config: dict[str, Any] = json.loads(json.dumps(config))
         self.console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not world.is_main)
         if world.is_main:
@@ -96,6 +107,8 @@ class Run:
         """Once it is sure that the run goes on with this config: writes it down."""
         if self.world.is_main:
             self._write("config.json", self.config)
+            if self.is_extended:
+                self.note(finished_step=None)
 
     def pin(self, name: str, value: str) -> None:
         """Something besides the config that must stay as the run found it at first, e.g. its images."""
@@ -121,15 +134,37 @@ class Run:
         """Shows what changed; an error if any of it may not, once there is training that it would spoil."""
         for name, before, after in changes:
             self.say(f"{self.directory} changes {name}: {before} -> {after}")
-        if refused and not self.force and checkpoint.steps(self.checkpoints):
+        if refused and self.finished_step is not None and not self.is_extended:
+            is_later = any(name in ENDS and _is_later(before, after) for name, before, after in changes)
+            self._extend(refused, is_later)
+        elif refused and not self.force and checkpoint.steps(self.checkpoints):
             raise UserError(
                 f"{self.directory} began with another {', '.join(refused)}: go on with what it began with, "
                 "name another --run-dir, or give --force to go on with the change"
             )
 
+    def _extend(self, refused: list[str], is_later: bool) -> None:
+        """Lets a finished run go on with another config, if its end is a later one and that is forced."""
+        again = f"a new run starts from its weights with --init {self.directory} and another --run-dir"
+        if not is_later or not checkpoint.steps(self.checkpoints):
+            raise UserError(
+                f"{self.directory} is finished, and began with another {', '.join(refused)}: {again}"
+            )
+        if not self.force:
+            raise UserError(
+                f"{self.directory} is finished: with --force it goes on to the later end, and the learning "
+                f"rate rises again to what it is there in a run of that length; or {again}"
+            )
+        self.is_extended = True
+
     def _prepare(self) -> Any:
         """Makes the directory ours; the config that it holds."""
         path = self.directory / "config.json"
+        if not is_run(self.directory) and (found := next(filter(self._holds, FILES), None)):
+            raise UserError(
+                f"{self.directory} is no run directory, and its {found} would be replaced: name another with "
+                "--run-dir"
+            )
         try:
             self.pictures.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
@@ -143,6 +178,10 @@ class Run:
             ) from error
         except json.JSONDecodeError as error:
             raise UserError(f"{self.directory} has a damaged config.json or run.json: delete it") from error
+
+    def _holds(self, name: str) -> bool:
+        path = self.directory / name
+        return any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
 
     def _lock(self) -> None:
         """Held until this process ends, however it ends."""
@@ -172,6 +211,10 @@ def differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, 
             yield from differences(before.get(key), after.get(key), f"{name}.{key}" if name else key)
     elif before != after:
         yield name, before, after
+
+
+def _is_later(before: Any, after: Any) -> bool:
+    return isinstance(before, int) and isinstance(after, int) and before < after
 
 
 def _is_within(name: str, groups: Collection[str]) -> bool:

@@ -86,10 +86,11 @@ def warn(run: Run, splits: Mapping[str, Images]) -> None:
 
 def is_finished(run: Run) -> bool:
     """Whether nothing is left to do, which it then says."""
-    if run.finished_step is None:
-        return False
-    run.say(f"{run.directory} is finished ({run.finished_step} steps); --run-dir names another run")
-    return True
+    step = 0 if run.is_extended or not run.world.is_main else run.finished_step or 0
+    (step,) = map(int, run.world.largest(step))  # as rank 0 sees it
+    if step:
+        run.say(f"{run.directory} is finished ({step} steps); --run-dir names another run")
+    return bool(step)
 
 
 def has_checkpoint(run: Run) -> bool:

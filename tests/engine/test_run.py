@@ -71,6 +71,7 @@ def test_a_finished_run_says_so(tmp_path: Path) -> None:
 
 
 def test_a_damaged_config(tmp_path: Path) -> None:
+    Run(tmp_path, {}, WORLD)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"damaged config\.json"):
         Run(tmp_path, {}, WORLD)
@@ -88,3 +89,43 @@ def test_warnings_are_said_on_a_line_each_and_kept(tmp_path: Path, capsys) -> No
     told = capsys.readouterr().out.splitlines()
     assert told[-2:] == ["warning: class \\x1b[1m never occurs", "warning: 9 files are left out"]
     assert Run(tmp_path, {}, WORLD).warnings == ["class \x1b[1m never occurs", "9 files are left out"]
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "report.json", "checkpoints/00000001/x", "pictures/curves.png"]
+)
+def test_a_folder_of_other_files_is_no_run_directory(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(UserError, match=r"no run directory, and its \w+[^/]* would be replaced: .*--run-dir"):
+        Run(tmp_path, {}, WORLD)
+    assert path.read_text() == "mine" and not (tmp_path / "run.json").exists()
+
+
+def test_a_run_may_lie_beside_other_files_and_begin_twice(tmp_path: Path) -> None:
+    (tmp_path / "job.log").write_text("mine")
+    Run(tmp_path, {}, WORLD)
+    (tmp_path / "run.json").unlink()  # as a kill leaves it
+    Run(tmp_path, {}, WORLD).begin()
+    Run(tmp_path, {}, WORLD)
+    assert (tmp_path / "job.log").read_text() == "mine"
+
+
+def test_a_finished_run_goes_on_to_a_later_end_if_that_is_forced(tmp_path: Path) -> None:
+    def run(epochs: int, force: bool = False, seed: int = 0) -> Run:
+        return Run(tmp_path, {"loop": {"epochs": epochs, "seed": seed}}, WORLD, force=force)
+
+    run(3).begin()
+    (tmp_path / "checkpoints/00000003").mkdir()
+    run(3).finish(3)
+    with pytest.raises(UserError, match=r"is finished: with --force it goes on .*--init .*--run-dir"):
+        run(5)
+    for epochs, seed in (2, 0), (3, 1):
+        with pytest.raises(UserError, match=r"is finished, and began with another loop.*: .*--init"):
+            run(epochs, force=True, seed=seed)
+    longer = run(5, force=True)
+    longer.pin("images", "a")
+    assert longer.is_extended and longer.finished_step == 3
+    longer.begin()
+    assert run(5).finished_step is None
