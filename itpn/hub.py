@@ -4,6 +4,7 @@ Everything but a model's id on the Hub works without a network.
 """
 
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from dataclasses import asdict
@@ -94,6 +95,22 @@ class HubModel(PyTorchModelHubMixin, ABC):
     @abstractmethod
     def from_weights(cls, weights: Weights) -> Self:
         """The model that the file holds."""
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Write model.safetensors, config.json and a card, of which older ones of ours are replaced; for the
+        options see `huggingface_hub.PyTorchModelHubMixin`.
+
+        Raises:
+            UserError: the folder holds another model.
+        """
+        folder = Path(save_directory)
+        there = [folder / name for name in (FILE, "config.json") if os.path.lexists(folder / name)]
+        if there and files.read_if_ours(folder / FILE) is None:
+            raise UserError(
+                f"{there[0]} is not replaced, because itpn did not write it: name another folder to save to"
+            )
+        saved: str | None = super().save_pretrained(save_directory, **options)
+        return saved
 
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, nn.Module)

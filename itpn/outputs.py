@@ -10,6 +10,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from errno import EACCES, ENOTDIR
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TextIO
@@ -36,9 +37,10 @@ def claim(*wanted: tuple[str, Path | None]) -> None:
             continue
         with _told(option, path):
             _check(option, path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not _is_stream(path) and not os.access(path.parent, os.W_OK):
-                raise PermissionError(13, os.strerror(13))
+            folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+            reason = ENOTDIR if not folder.is_dir() else EACCES if not os.access(folder, os.W_OK) else 0
+            if reason and not _is_stream(path):
+                raise OSError(reason, os.strerror(reason))
         place = _folded(os.path.join(os.path.realpath(path.parent), path.name))
         if place in claimed:
             raise UserError(f"{claimed[place]} and {path} would be one file: give {option} another")
@@ -79,6 +81,27 @@ def growing(path: Path, option: str = "--out") -> Iterator[TextIO]:
     finally:
         if not _is_stream(path):
             _list(path, path.parent)
+
+
+@contextmanager
+def adding(directory: Path, option: str) -> Iterator[Path]:
+    """A folder whose files come to `directory` once the block has written them all. They are no outputs: they
+    may be read as images, and take the place of nothing but the same bytes.
+
+    Raises:
+        UserError: another file has the name of one of them, or they cannot be written.
+    """
+    with _told(option, directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".itpn-", dir=directory) as folder:
+            yield Path(folder)
+            moves = {path: directory / path.relative_to(folder) for path in sorted(Path(folder).rglob("*"))}
+            for path, target in moves.items():
+                if os.path.lexists(target) and not _is_alike(path, target):
+                    raise UserError(f"{target} is not replaced: move it away, or give another {option}")
+            for path, target in moves.items():  # a folder before what is in it
+                if path.exists() and not os.path.lexists(target):
+                    path.rename(target)
 
 
 def is_output(path: Path) -> bool:
@@ -124,11 +147,11 @@ def distinct(paths: Iterable[Path]) -> list[str]:
 
 def _check(option: str, path: Path) -> None:
     if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder; name a file with {option}")
+        raise UserError(f"cannot write {path}: it is a folder; give another {option}")
     if os.path.lexists(path) and not _is_stream(path) and not is_output(path):
         raise UserError(
-            f"{path} is not replaced, because itpn did not write it as it is now: move it away, or name "
-            f"another place with {option}"
+            f"{path} is not replaced, because itpn did not write it as it is now: move it away, or give "
+            f"another {option}"
         )
 
 
@@ -138,8 +161,7 @@ def _told(option: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {path} ({error.strerror or error}): make room there, or name another place with "
-            f"{option}"
+            f"cannot write {path} ({error.strerror or error}): make room there, or give another {option}"
         ) from error
 
 
@@ -162,6 +184,11 @@ def _lines(folder: Path) -> Sequence[bytes]:
         return (folder / MANIFEST).read_bytes().split(b"\n")
     except OSError:
         return []
+
+
+def _is_alike(path: Path, other: Path) -> bool:
+    """Whether both are folders, or files of the same bytes."""
+    return other.is_dir() if path.is_dir() else other.is_file() and _hash(other) == _hash(path)
 
 
 def _listed_name(name: str) -> bytes:

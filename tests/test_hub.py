@@ -61,6 +61,20 @@ def test_a_folder_round_trips(tmp_path, kind):
     assert json.loads((folder / "config.json").read_text()) == files.read(folder).config
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_folder_of_another_model_is_kept(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"{name} is not replaced"):
+        itpn.load(files.NANO).save_pretrained(tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_folder_of_ours_is_saved_to_again(tmp_path):
+    for features in ("pyramid", "stages"):
+        itpn.load(files.NANO, features=features).save_pretrained(tmp_path)
+    assert itpn.load(tmp_path).features == "stages"
+
+
 def test_saved_as_stages_the_pyramid_is_left_out(tmp_path):
     model = itpn.load(files.NANO, features="stages")
     model.save_pretrained(tmp_path / "stages")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from itpn.errors import UserError
-from itpn.outputs import MANIFEST, claim, distinct, growing, is_output, writing
+from itpn.outputs import MANIFEST, adding, claim, distinct, growing, is_output, writing
 
 
 def write(path, text="ours"):
@@ -134,8 +134,26 @@ def test_a_pipe_is_written_to(tmp_path):
 def test_places_that_cannot_be_written_are_named(tmp_path):
     (tmp_path / "file").write_text("mine")
     refused(lambda: claim(("--json", tmp_path)), "folder", "--json")
+    claim(("--json", tmp_path / "new" / "folder" / "a.txt"))
+    assert sorted(os.listdir(tmp_path)) == ["file"]
     refused(lambda: claim(("--json", tmp_path / "file" / "a.txt")), "cannot write", "--json")
     refused(lambda: claim(("--a", tmp_path / "x.txt"), ("--b", tmp_path / "X.TXT")), "one file", "--b")
+
+
+def test_files_are_added_all_or_none_and_never_in_the_place_of_others(tmp_path):
+    def add(*names):
+        with adding(tmp_path / "data", "DIR") as folder:
+            for name in names:
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text(name)
+
+    for _ in range(2):
+        add("a.txt", "x/b.txt")
+    assert not is_output(tmp_path / "data" / "a.txt")
+    (tmp_path / "data" / "x" / "b.txt").write_text("mine")
+    refused(lambda: add("a.txt", "x/b.txt", "x/c.txt"), "x/b.txt", "DIR")
+    assert sorted(os.listdir(tmp_path / "data" / "x")) == ["b.txt"]
+    assert (tmp_path / "data" / "x" / "b.txt").read_text() == "mine"
 
 
 STEMS = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1).filter(

@@ -31,6 +31,7 @@ from itpn.engine.optim import AdamWConfig
 from itpn.evaluate.knn import KnnConfig
 from itpn.nn.depth import LayerDecayConfig
 from itpn.objectives.distill import DistillConfig
+from itpn.outputs import writing
 from itpn.recipes import classify, pretrain
 from itpn.recipes.lookup import Recipe
 from itpn.show.curves import COLOURS, read_metrics
@@ -191,7 +192,7 @@ def run_one(recipe: Recipe) -> None:
     directory = recipe.loop.run_dir
     assert directory is not None
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with directory.with_name(f"{directory.name}.log").open("w") as log:
+    with directory.with_name(f"{directory.name}.log").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         train(recipe)
@@ -321,8 +322,8 @@ def draw(accuracies: Mapping[str, Sequence[float]], given: Arguments) -> None:
         panel.set_xlabel("minutes of pre-training on one core, the teacher's included")
         panel.spines[["top", "right"]].set_visible(False)
     figure.legend(*right.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    given.picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(given.picture, dpi=150)
+    with writing(given.picture, "--picture") as file:
+        figure.savefig(file, dpi=150)
     print(given.picture)
 
 

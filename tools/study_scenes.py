@@ -27,6 +27,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import itpn
 from itpn.data.sample_data import write_sample
 from itpn.models import MEAN, STD, FeatureModel
+from itpn.outputs import writing
 from itpn.recipes import detect, segment
 from itpn.recipes.detect import Detect
 from itpn.recipes.segment import Segment
@@ -211,8 +212,8 @@ def draw(task: Task, given: Arguments) -> None:
     end.set(title="every seed at the end", xticks=range(len(given.arms)), xticklabels=given.arms)
     for panel in (course, end):
         panel.spines[["top", "right"]].set_visible(False)
-    given.pictures.mkdir(parents=True, exist_ok=True)
-    figure.savefig(given.pictures / f"study-{task}.png", dpi=150)
+    with writing(given.pictures / f"study-{task}.png", "--pictures") as file:
+        figure.savefig(file, dpi=150)
     newest = sorted((directory_of(task, given.arms[-1], 0, given) / "pictures").glob(f"{task}*.png"))
     print(given.pictures / f"study-{task}.png", *newest[-1:])
 

@@ -21,6 +21,7 @@ from itpn.data.images import find_images
 from itpn.data.loader import DataConfig, eval_loader, steps_per_epoch, train_loader
 from itpn.engine.schedule import ScheduleConfig, lr_at
 from itpn.nn.normalise import Normalise
+from itpn.outputs import claim, writing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class Arguments:
 
 def main() -> None:
     arguments = tyro.cli(Arguments)
+    claim(("--out", arguments.out))
     torch.manual_seed(arguments.seed)
     images, val = find_images(arguments.root, "train"), find_images(arguments.root, "val")
     assert images.labels is not None
@@ -73,8 +75,8 @@ def main() -> None:
     with torch.no_grad():
         for batch in eval_loader(val, image_size=(arguments.image_size,) * 2, batch_size=64, workers=0):
             right += int((model(normalise(batch["images"])).argmax(1) == batch["labels"]).sum())
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, arguments.out)
+    with writing(arguments.out) as file:
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, file)
     print(json.dumps({"top1": right / len(val), "epochs": arguments.epochs, "minutes": seconds / 60}))
 
 

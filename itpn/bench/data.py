@@ -25,6 +25,7 @@ from itpn.data.picture import BadImageError, Box, Size, load_image, open_picture
 from itpn.data.randomness import generator
 from itpn.data.transforms import random_crop_box, random_resized_crop_flip
 from itpn.errors import UserError
+from itpn.outputs import claim, writing
 
 GROUP = 4
 """Images that one way loads before it is the other's turn."""
@@ -88,23 +89,15 @@ class Result:
 
 def run(arguments: list[str]) -> None:
     options = parse(Options, arguments, "itpn bench data")
-    if options.json:
-        check_writable(options.json)
+    claim(("--json", options.json))
     with tempfile.TemporaryDirectory() as folder, one_thread():
         results = measure_all(files_by_size(options, Path(folder)), options)
     console = Console(highlight=False, soft_wrap=True)
     console.print(table_of(results))
     if options.json:
         figures = {name: {**asdict(result), "ratio": result.ratio} for name, result in results.items()}
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
-
-
-def check_writable(path: Path) -> None:
-    """Before minutes are spent on what is to be written there."""
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; name another file with --json") from error
+        with writing(options.json, "--json") as file:
+            file.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def files_by_size(options: Options, folder: Path) -> dict[str, list[Path]]:

@@ -19,6 +19,7 @@ from itpn.heads.classify import Classifier
 from itpn.heads.finetune import forward_flops
 from itpn.nn.hivit import HiViT
 from itpn.nn.linear import casting_once
+from itpn.outputs import writing
 from itpn.recipes.classify import Classify
 from itpn.recipes.lookup import find, load_as
 
@@ -39,7 +40,8 @@ def run(arguments: list[str]) -> None:
             f"relative positions add {1 / figures.speedup - 1:.1%} to the time of the same model without them"
         )
     if options.json:
-        options.json.write_text(json.dumps(figures.as_dict(), indent=2) + "\n")
+        with writing(options.json, "--json") as file:
+            file.write_text(json.dumps(figures.as_dict(), indent=2) + "\n")
 
 
 def measure(recipe: Classify, options: Bench, console: Console) -> Figures:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from itpn.commands.arguments import parse
 from itpn.data.sample_data import write_imagefolder
 from itpn.errors import UserError
+from itpn.outputs import claim, writing
 from itpn.show.curves import COLOURS
 from itpn.show.sheet import FAINT, INK
 
@@ -40,6 +41,7 @@ def run(arguments: list[str]) -> None:
     options = parse(Memory, arguments, "itpn bench memory")
     if options.steps < 2 * SETTLING:
         raise UserError(f"--steps {options.steps}: take at least {2 * SETTLING}, the first {SETTLING} settle")
+    claim(("--out", options.out))
     with TemporaryDirectory() as directory:
         counts = write_imagefolder(Path(directory) / "images")
         epochs = options.steps // (counts["train"] // options.batch_size) + 1
@@ -95,5 +97,5 @@ def _draw(out: Path, steps: Series, resident: Series, trend: Series) -> None:
     panel.spines[["top", "right"]].set_visible(False)
     panel.spines[["left", "bottom"]].set_color("#afb8c1")
     panel.legend(frameon=False, labelcolor=INK, loc="lower right")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    with writing(out) as file:
+        figure.savefig(file)

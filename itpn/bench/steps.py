@@ -28,6 +28,7 @@ from itpn.engine.optim import adamw
 from itpn.engine.step import micro_step
 from itpn.errors import UserError
 from itpn.nn.depth import lr_scales
+from itpn.outputs import claim, writing
 from itpn.recipes.classify import Classify
 from itpn.recipes.detect import Detect
 from itpn.recipes.lookup import find, load_as
@@ -60,6 +61,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.device_batch is not None and self.device_batch < 1):
             raise UserError("--steps and --device-batch must be at least 1")
+        claim(("--json", self.json))
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,8 @@ def report(figures: Sequence[Figures], options: Options, console: Console) -> No
     if options.json:
         written = [each.as_dict() for each in figures]
         text = json.dumps(written if len(written) > 1 else written[0], indent=2)
-        options.json.write_text(text + "\n")
+        with writing(options.json, "--json") as file:
+            file.write_text(text + "\n")
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -31,6 +31,7 @@ from itpn.data.loader import DataConfig, default_workers
 from itpn.data.segmentation import SegmentationDataConfig, find_labelled, has_split
 from itpn.data.source import Images
 from itpn.errors import UserError, printable
+from itpn.outputs import claim, growing
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class CheckData:
 
 def run(arguments: list[str]) -> None:
     options = parse(CheckData, arguments, "itpn check-data")
+    claim(("--out", options.out))
     splits = images_of(options)
     for images in splits.values():
         print(printable(images.description))
@@ -139,7 +141,7 @@ def labelled(options: CheckData) -> SegmentationDataConfig:
 def read_all(tallies: Mapping[str, Tally], num_workers: int, out: Path | None) -> None:
     """Fills the tallies; each unreadable image is named as soon as it is met."""
     with ExitStack() as stack:
-        file = stack.enter_context(_created(out)) if out else None
+        file = stack.enter_context(growing(out)) if out else None
         console = Console(stderr=True, soft_wrap=True)
         bar = stack.enter_context(_bar(console))
         for split, tally in tallies.items():
@@ -170,13 +172,6 @@ def _findings(images: Images) -> Sequence[Finding]:
 
 def _left_out(images: Images) -> bool:
     return any(finding.left_out for finding in _findings(images))
-
-
-def _created(path: Path) -> TextIO:
-    try:
-        return path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; name another file with --out") from error
 
 
 def _bar(console: Console) -> Progress:

@@ -15,6 +15,7 @@ from itpn.commands.arguments import parse
 from itpn.commands.info import contents, described
 from itpn.commands.released import Reading, findings, read_released
 from itpn.errors import UserError
+from itpn.outputs import claim, writing
 from itpn.weights import files
 from itpn.weights.files import Weights
 from itpn.weights.translate import write_back
@@ -27,7 +28,7 @@ class Convert(Reading):
     source: Annotated[Path, tyro.conf.Positional]
     """A .pth or .safetensors file: the authors', mmpretrain's, a detector's or segmentor's, or ours."""
     out: Annotated[Path, tyro.conf.Positional]
-    """The safetensors file to write."""
+    """The safetensors file to write; one that itpn wrote is replaced."""
     to: str | None = None
     """Write a file of ours back under the names of a family: official-pixel, official-clip, official-fast,
     official-detection, official-segmentation, mmpretrain-itpn or mmpretrain-hivit."""
@@ -41,6 +42,7 @@ def run(arguments: list[str]) -> None:
         raise UserError(f"there is no folder {options.out.resolve().parent} to write {options.out.name} in")
     if str(options.source) == str(options.out) or _same(options.source, options.out):
         raise UserError(f"{options.out} is the source itself; name another file to write")
+    claim(("OUT", options.out))
     if options.to:
         _write_back(options, options.to)
     else:
@@ -77,8 +79,9 @@ def _convert(options: Convert) -> None:
 
 def _save(out: Path, tensors: Mapping[str, Tensor], *contents: Any) -> None:
     try:
-        files.save(out, _apart(tensors), *contents)
-    except (OSError, SafetensorError) as error:
+        with writing(out, "OUT") as file:
+            files.save(file, _apart(tensors), *contents)
+    except SafetensorError as error:
         raise UserError(f"cannot write {out} ({error}): make room there, or name another file") from error
 
 

@@ -1,7 +1,6 @@
 """`itpn demo`: the sample, a nano iTPN pre-trained on it for minutes, what came out, and a fine-tuning."""
 
 import json
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from rich.table import Table
 from itpn.commands.arguments import parse
 from itpn.commands.reconstruct import run as reconstruct
 from itpn.data.sample_data import write_imagefolder
+from itpn.outputs import adding
 from itpn.recipes.classify import Classify
 from itpn.recipes.lookup import find, load_as
 from itpn.recipes.pretrain import Pretrain
@@ -41,13 +41,12 @@ def run(arguments: list[str]) -> None:
     )
     data = replace(recipe.data, root=options.directory / "images")
     if not data.root.is_dir():
-        beside = options.directory / ".images.writing"  # an interrupted start must not pass for the whole
-        shutil.rmtree(beside, ignore_errors=True)
-        write_imagefolder(beside)
-        beside.rename(data.root)
+        with adding(options.directory, "--directory") as folder:
+            write_imagefolder(folder / data.root.name)
     finished = pretrain(replace(recipe, data=data, loop=loop))
     longer = finished / "pictures" / "longer-training.png"
-    reconstruct([str(files.NANO), str(data.root), "--out", str(longer), "--num", "6", "--device", "cpu"])
+    if not longer.exists():
+        reconstruct([str(files.NANO), str(data.root), "--out", str(longer), "--num", "6", "--device", "cpu"])
     show_results(finished)
     print(f"What more epochs bring, by the weights that ship with itpn: {longer}")
     show_fine_tuning(options)

@@ -14,6 +14,7 @@ from itpn.commands.arguments import parse
 from itpn.errors import UserError, printable
 from itpn.models import ClassifierModel, FeatureModel
 from itpn.nn.pyramid import ModelConfig
+from itpn.outputs import claim
 from itpn.weights import export, files, loading
 from itpn.weights.export import Difference, Run, Size
 from itpn.weights.files import Weights
@@ -34,7 +35,7 @@ class Export:
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FILE")]
     """A run directory, or a .safetensors file of ours."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """The file to write, ending in .safetensors, .onnx or .pt2; an older one is replaced."""
+    """The file to write, ending in .safetensors, .onnx or .pt2; one that itpn wrote is replaced."""
     format: Format | None = None
     """What to write: safetensors for itpn itself, ONNX, or torch.export. Default: by the ending of OUT."""
     part: Part | None = None
@@ -69,13 +70,16 @@ def run(arguments: list[str]) -> None:
     if job.levels != 3 and (job.part != "pyramid" or format == "safetensors"):
         raise UserError("--levels 5 is for --part pyramid as onnx or torch-export")
     side = weights.part("model", ModelConfig).backbone.image_size
-    for H, W in sizes or [(side, side)]:
-        out = options.out
-        if len(sizes) > 1:
-            out = out.with_name(f"{out.stem}-{H}x{W}{out.suffix}")
-        if weights.path.resolve() == out.resolve():
+    out = options.out
+    outs = {size: out for size in sizes or [(side, side)]}
+    if len(outs) > 1:
+        outs = {(H, W): out.with_name(f"{out.stem}-{H}x{W}{out.suffix}") for H, W in outs}
+    for out in outs.values():
+        if out.exists() and weights.path.samefile(out):
             raise UserError(f"{out} is the source itself; name another file to write")
-        _write(job, (H, W), out)
+    claim(*(("OUT", out) for out in outs.values()))
+    for size, out in outs.items():
+        _write(job, size, out)
 
 
 def _format_of(options: Export) -> Format:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import torch
 import tyro
+from PIL import Image
 from torch import Tensor
 
 from itpn.commands.arguments import parse
@@ -16,6 +17,7 @@ from itpn.data.picture import Picture, Size, open_picture
 from itpn.data.transforms import center_crop
 from itpn.engine.distributed import DeviceName, choose_device
 from itpn.errors import UserError
+from itpn.outputs import claim, writing
 from itpn.tasks.pretrain import load_objective, picture_of
 
 
@@ -45,6 +47,9 @@ class Reconstruct:
 
 def run(arguments: list[str]) -> None:
     options = parse(Reconstruct, arguments, "itpn reconstruct")
+    if options.out.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"cannot write {options.out}: --out takes the name of a picture, such as a.png")
+    claim(("--out", options.out))
     device = choose_device(options.device)
     objective = load_objective(options.run, mask_ratio=options.mask_ratio).to(device)
     pictures = [picture for given in options.images for picture in _pictures(given, options.num)]
@@ -54,11 +59,8 @@ def run(arguments: list[str]) -> None:
     pixels = torch.stack([_pixels(opened, (side, side)) for _, opened in pictures]).to(device)
     generator = torch.Generator().manual_seed(options.seed)
     picture = picture_of(objective, pixels, generator, [name for name, _ in pictures])
-    try:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(options.out)
-    except (OSError, ValueError) as error:  # ValueError: an ending that no picture format has
-        raise UserError(f"cannot write {options.out} ({error}): name another picture with --out") from error
+    with writing(options.out) as file:
+        picture.save(file)
     print(
         f"{options.out}: {len(pictures)} images, {objective.num_kept} of {objective.num_units} units visible"
     )

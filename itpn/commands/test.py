@@ -1,9 +1,12 @@
 """`itpn test CONFIG [CHECKPOINT] [--protocol …]`: how good weights are, on a config's validation images."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from typing import Annotated, ClassVar
 
 import tyro
 from PIL.Image import Image
@@ -23,6 +26,7 @@ from itpn.evaluate.classify import Report
 from itpn.evaluate.detect import Result, Scores, write_results
 from itpn.evaluate.detect import table as detection_table
 from itpn.evaluate.segment import SegmentationScores, table
+from itpn.outputs import claim, writing
 from itpn.recipes.classify import Classify
 from itpn.recipes.detect import Detect
 from itpn.recipes.lookup import find, load
@@ -52,13 +56,17 @@ CHECKPOINT is a file of weights or a run directory; without it, the config's own
 @dataclass(frozen=True, kw_only=True)
 class Options:
     out: Path = Path("evaluation")
-    """Folder for report.json and, of whatever is fine-tuned, pictures/."""
+    """Folder for report.json and, of whatever is fine-tuned, pictures/. Older ones that itpn wrote there are
+    replaced."""
+    FILES: ClassVar[tuple[str, ...]] = ("report.json",)
+    """What is written there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TestClassify(Options):
     """Evaluate weights on the validation images of a config."""
 
+    FILES = ("report.json", "pictures/confusion.png")
     protocol: Protocol = "finetuned"
     """finetuned: the classifier that the file holds. linear: a linear classifier fitted to frozen features of
     the training images. knn: their nearest neighbours."""
@@ -81,6 +89,7 @@ class TestPretrain(Options):
 class TestDetect(Options):
     """Evaluate a detector on the validation images of a config: COCO's numbers of boxes and masks."""
 
+    FILES = ("report.json", "pictures/detections.png")
     save_predictions: Path | None = None
     """File for all detections, as COCO's results."""
     recipe: Annotated[Detect, tyro.conf.arg(name="")]
@@ -90,7 +99,36 @@ class TestDetect(Options):
 class TestSegment(Options):
     """Evaluate a segmenter on the validation images of a config, looked at as --inference says."""
 
+    FILES = ("report.json", "pictures/segmentation.png")
     recipe: Annotated[Segment, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes on rank 0, and says what."""
+
+    out: Path
+    save_predictions: Path | None
+    world: World
+    console: Console
+
+    def report(self, write: Callable[[Path], list[Path]]) -> None:
+        """Files that `write` puts in a folder go to --out."""
+        if self.world.is_main:
+            with TemporaryDirectory() as folder:
+                for path in write(Path(folder)):
+                    target = self.out / path.relative_to(folder)
+                    self._file("--out", target, partial(shutil.copyfile, path))
+
+    def predictions(self, write: Callable[[Path], object]) -> None:
+        """A file for what was found in each image, if one was asked for."""
+        if self.world.is_main and self.save_predictions:
+            self._file("--save-predictions", self.save_predictions, write)
+
+    def _file(self, option: str, path: Path, write: Callable[[Path], object]) -> None:
+        with writing(path, option) as file:
+            write(file)
+        self.console.print(f"written: {printable(path)}")
 
 
 def run(arguments: list[str]) -> None:
@@ -105,8 +143,12 @@ def run(arguments: list[str]) -> None:
     options = options_of(name, overrides)
     loop = options.recipe.loop
     weights = hub.read(given or loop.run_dir or Path("runs") / options.recipe.name)
+    named = options.save_predictions if isinstance(options, TestClassify | TestDetect) else None
+    claim(*(("--out", options.out / file) for file in options.FILES), ("--save-predictions", named))
     with join_world(loop.device) as world:
         console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not world.is_main)
+
+        write = Writer(options.out, named, world, console)
 
         def on_bad(error: BadImageError) -> None:
             console.print(f"unreadable: {printable(error.path)}: {printable(error.reason)}")
@@ -118,34 +160,32 @@ def run(arguments: list[str]) -> None:
             return warnings
 
         match options:
-            case TestDetect(save_predictions=path):
+            case TestDetect():
                 precision, results, coco = test_detector(options.recipe, weights, world, on_bad)
                 console.print(detection_table(precision))
                 odd = warned(coco)
-                _write(
-                    world, console, lambda: _write_detection(precision, results, coco, options.out, path, odd)
-                )
+                write.report(lambda folder: _write_detection(precision, results, coco, folder, odd))
+                write.predictions(lambda file: write_results(file, results))
             case TestSegment():
                 scores, picture, images = test_segmenter(options.recipe, weights, world, on_bad)
                 console.print(table(scores))
                 odd = warned(images)
-                _write(world, console, lambda: _write_segmentation(scores, picture, options.out, odd))
+                write.report(lambda folder: _write_segmentation(scores, picture, folder, odd))
             case TestClassify(protocol="finetuned"):
                 found, predictions, val = test_classifier(options.recipe, weights, world, on_bad)
                 names = val.class_names or ()
                 console.print(table_of(found, readable(names)))
                 odd = warned(val)
-                _write(world, console, lambda: write_report(found, names, options.out, odd))
-                if path := options.save_predictions:
-                    text = "".join(f"{line}\n" for line in lines_of(predictions, val))
-                    _write(world, console, lambda: [path] if path.write_text(text) else [])
+                write.report(lambda folder: write_report(found, names, folder, odd))
+                lines = "".join(f"{line}\n" for line in lines_of(predictions, val))
+                write.predictions(lambda file: file.write_text(lines))
             case (
                 TestClassify(protocol="linear" | "knn" as protocol)
                 | TestPretrain(protocol="linear" | "knn" as protocol)
             ):
                 numbers = test_features(options.recipe, weights, protocol, world, on_bad)
                 console.print("  ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
-                _write(world, console, lambda: [write_numbers(numbers, options.out)])
+                write.report(lambda folder: [write_numbers(numbers, folder)])
             case _:
                 raise UserError(
                     f"{name} pre-trains, so that there is no classifier to test: --protocol linear or knn"
@@ -167,21 +207,13 @@ def options_of(name: str, overrides: list[str]) -> TestClassify | TestDetect | T
 
 
 def _write_detection(
-    scores: list[Scores],
-    results: list[Result],
-    coco: Coco,
-    out: Path,
-    predictions: Path | None,
-    warnings: Sequence[str],
+    scores: list[Scores], results: list[Result], coco: Coco, out: Path, warnings: Sequence[str]
 ) -> list[Path]:
     written = [objects.write_report(coco, scores, out, warnings)]
     if (picture := objects.compared(objects.pictured(coco), results)) is not None:
         written.append(out / "pictures" / "detections.png")
         written[-1].parent.mkdir(parents=True, exist_ok=True)
         picture.save(written[-1])
-    if predictions is not None:
-        write_results(predictions, results)
-        written.append(predictions)
     return written
 
 
@@ -195,18 +227,6 @@ def _write_segmentation(
         picture.save(path)
         written.append(path)
     return written
-
-
-def _write(world: World, console: Console, write: Callable[[], list[Path]]) -> None:
-    """Rank 0 writes, and says what."""
-    if not world.is_main:
-        return
-    try:
-        console.print(f"written: {', '.join(map(str, write()))}")
-    except OSError as error:
-        raise UserError(
-            f"cannot write {error.filename} ({error.strerror}): name another with --out"
-        ) from error
 
 
 def table_of(found: Report, names: tuple[str, ...]) -> Table:

@@ -18,8 +18,10 @@ from itpn.data.sample_cutouts import SPLITS, index, load_cutouts, place
 from itpn.data.sample_scenes import Scene, ade20k_labels, bounding_box, coco_annotations, compose
 from itpn.data.textures import STUFF
 from itpn.errors import UserError
+from itpn.outputs import adding
 
 IMAGE_SIZE = 96
+SHEET = "contact-sheet.png"
 FOLDER_STREAM, SCENE_STREAM = range(2)  # keeps the random numbers of the two kinds of images apart
 T = TypeVar("T")
 
@@ -40,21 +42,20 @@ def write_sample(
     """Write DIRECTORY/imagefolder, DIRECTORY/coco, DIRECTORY/ade20k and DIRECTORY/contact-sheet.png.
 
     Raises:
-        UserError: the directory cannot be written.
+        UserError: the directory cannot be written, or holds another file of one of these names.
     """
-    _folder(directory)
     names = index()["classes"]
-    num_images = write_imagefolder(directory / "imagefolder", seed)
-    scenes = {
-        split: _compose_all(split, count, seed)
-        for split, count in zip(SPLITS, (num_train_scenes, num_val_scenes), strict=True)
-    }
-    num_things = write_coco(directory / "coco", scenes, names)
-    write_ade20k(directory / "ade20k", scenes, names)
-    sheet = directory / "contact-sheet.png"
-    _contact_sheet(directory / "imagefolder", scenes["train"][:6], names).save(sheet)
+    with adding(directory, "DIR") as folder:
+        num_images = write_imagefolder(folder / "imagefolder", seed)
+        scenes = {
+            split: _compose_all(split, count, seed)
+            for split, count in zip(SPLITS, (num_train_scenes, num_val_scenes), strict=True)
+        }
+        num_things = write_coco(folder / "coco", scenes, names)
+        write_ade20k(folder / "ade20k", scenes, names)
+        _contact_sheet(folder / "imagefolder", scenes["train"][:6], names).save(folder / SHEET)
     num_scenes = {split: len(scenes[split]) for split in SPLITS}
-    return Written(num_images, num_scenes, num_things, names, sheet)
+    return Written(num_images, num_scenes, num_things, names, directory / SHEET)
 
 
 def write_imagefolder(directory: Path, seed: int = 0, repeats: int = 1) -> dict[str, int]:
@@ -145,9 +146,6 @@ def _compose_all(split: str, count: int, seed: int) -> list[Scene]:
 def _folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}; name another directory") from error
     return path

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from itpn.engine import checkpoint
 from itpn.errors import UserError
+from itpn.outputs import writing
 
 OPSET = 18
 """The ONNX operator set: from onnxruntime 1.14 on."""
@@ -46,17 +47,14 @@ def written_beside(out: Path) -> Iterator[Path]:
     """A path that takes the name ``out`` once the block has written and checked it, or is removed.
 
     Raises:
-        UserError: the disk did not take it.
+        UserError: the disk did not take it, or a file is there that is no output.
     """
-    beside = out.with_name(f".writing-{out.name}")
     try:
-        yield beside
-        checkpoint.sync(beside)
-        beside.replace(out)
-    except (OSError, SafetensorError) as error:
+        with writing(out, "OUT") as beside:
+            yield beside
+            checkpoint.sync(beside)
+    except SafetensorError as error:
         raise UserError(f"cannot write {out} ({error}); make room or name another place") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def run_of(model: nn.Module) -> Run:

@@ -104,8 +104,11 @@ def test_a_file_that_cannot_be_written_is_told_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("itpn.bench.data.measure_all", lambda *arguments: pytest.fail("measured"))
-    with pytest.raises(UserError, match=r"cannot write .*No such file.*--json"):
-        run(["--synthetic", "60x40", "--json", str(tmp_path / "none/x.json")])
+    (tmp_path / "mine.json").write_text("{}")
+    with pytest.raises(UserError, match=r"cannot write .*Not a directory.*--json"):
+        run(["--synthetic", "60x40", "--json", str(tmp_path / "mine.json" / "x.json")])
+    with pytest.raises(UserError, match=r"mine.json is not replaced.*--json"):
+        run(["--synthetic", "60x40", "--json", str(tmp_path / "mine.json")])
 
 
 def test_a_folder_without_a_usable_file(tmp_path: Path) -> None:

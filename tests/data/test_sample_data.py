@@ -158,8 +158,18 @@ def test_textures_stay_in_range_and_are_nowhere_flat(name):
 
 def test_a_file_in_the_way_is_a_user_error(tmp_path):
     (tmp_path / "taken").write_text("")
-    with pytest.raises(UserError, match=r"cannot write to .*taken"):
+    with pytest.raises(UserError, match=r"cannot write .*taken"):
         write_sample(tmp_path / "taken")
+
+
+def test_files_of_other_data_are_kept_and_the_same_command_again_works(tmp_path):
+    for _ in range(2):
+        write_sample(tmp_path, num_train_scenes=1, num_val_scenes=1)
+    mine = tmp_path / "coco" / "annotations" / "instances_train2017.json"
+    mine.write_text("mine")
+    with pytest.raises(UserError, match=rf"{mine} is not replaced: .*DIR"):
+        write_sample(tmp_path, num_train_scenes=1, num_val_scenes=1)
+    assert mine.read_text() == "mine"
 
 
 def test_a_seed_below_0_is_a_user_error(tmp_path):

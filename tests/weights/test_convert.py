@@ -137,13 +137,21 @@ def test_mistakes_are_told_in_one_line(source, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_an_existing_file_is_replaced_only_by_a_whole_one(source, tmp_path, capsys):
+def test_an_older_output_is_replaced_only_by_a_whole_one(source, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
-    out.write_text("kept")
+    assert convert(source, out, *HEADS) == 0
+    before = out.read_bytes()
     fails(capsys, tmp_path / "nothing.pth", out)
-    assert out.read_text() == "kept"
+    assert out.read_bytes() == before
     assert convert(source, out, *HEADS) == 0
     assert files.read(out).parts >= {"backbone", "pyramid", "decoder"}
+
+
+def test_a_file_of_the_users_is_kept(source, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    out.write_text("kept")
+    assert f"{out} is not replaced" in fails(capsys, source, out, *HEADS)
+    assert out.read_text() == "kept"
 
 
 MEASURE = """

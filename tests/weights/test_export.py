@@ -16,6 +16,7 @@ from itpn import cli
 from itpn.heads.classify import Classifier, ClassifierConfig
 from itpn.nn.hivit import HiViT
 from itpn.nn.pyramid import Model, ModelConfig, PyramidConfig
+from itpn.outputs import MANIFEST, writing
 from itpn.weights import export, files
 from tests.saved import save
 from tests.toys import toy_backbone, toy_objective
@@ -112,7 +113,7 @@ def test_other_programs_get_what_the_model_gives(
         for key in names:
             torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-4)
             assert f"{key}: float32 [batch, {', '.join(map(str, expected[key].shape[1:]))}]" in said
-    assert {file.name for file in tmp_path.iterdir()} == {"source.safetensors", out.name}
+    assert {file.name for file in tmp_path.iterdir()} == {"source.safetensors", out.name, MANIFEST}
 
 
 def test_five_levels(capsys, tmp_path, source):
@@ -133,6 +134,7 @@ def test_several_sizes_are_a_file_each(tmp_path, source):
         "source.safetensors",
         "part-64x64.safetensors",
         "part-96x96.safetensors",
+        MANIFEST,
     }
     assert itpn.load(tmp_path / "part-96x96.safetensors").backbone.config.image_size == 96
 
@@ -236,7 +238,8 @@ def test_what_onnx_cannot_hold(capsys, tmp_path, monkeypatch, source):
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
 def test_what_reads_back_otherwise_is_not_kept(capsys, tmp_path, monkeypatch, source, factor):
     out = tmp_path / "out.pt2"
-    out.write_text("older")
+    with writing(out) as file:
+        file.write_text("older")
 
     def off(path):
         run = export.run_of(torch.export.load(path).module())
@@ -246,7 +249,7 @@ def test_what_reads_back_otherwise_is_not_kept(capsys, tmp_path, monkeypatch, so
     said = complaint(capsys, source(), out)
     assert "was not kept" in said and "p4, p8, p16 of a batch of 1 differ from PyTorch" in said
     assert out.read_text() == "older"
-    assert {file.name for file in tmp_path.iterdir()} == {"source.safetensors", "out.pt2"}
+    assert {file.name for file in tmp_path.iterdir()} == {"source.safetensors", "out.pt2", MANIFEST}
 
 
 def test_a_full_disk_leaves_the_older_file(capsys, tmp_path, monkeypatch, source):
@@ -254,11 +257,19 @@ def test_a_full_disk_leaves_the_older_file(capsys, tmp_path, monkeypatch, source
         raise OSError(errno.ENOSPC, "No space left on device")
 
     path, out = source(), tmp_path / "out.safetensors"
-    out.write_text("older")
+    with writing(out) as file:
+        file.write_text("older")
     monkeypatch.setattr("itpn.engine.checkpoint.sync", full)
     assert "No space left on device" in complaint(capsys, path, out)
     assert out.read_text() == "older"
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_file_of_the_users_is_kept(capsys, tmp_path, source):
+    out = tmp_path / "out.safetensors"
+    out.write_text("mine")
+    assert f"{out} is not replaced" in complaint(capsys, source(), out)
+    assert out.read_text() == "mine"
 
 
 def test_a_run_directory_with_its_decoder(tmp_path):
