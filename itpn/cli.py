@@ -30,8 +30,13 @@ COMMANDS = {
 }
 
 
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+"""Environment variables by which users say how OpenMP's threads wait."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Exit status 2 is the user's mistake, told in one line; 130 an interruption."""
+    wait_asleep()
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         match name:
@@ -51,6 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("itpn: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def wait_asleep() -> None:
+    """Lets OpenMP's threads sleep while they wait, not spin, unless the user has chosen.
+
+    It holds in this process if torch is not imported yet, and in those that it starts.
+    """
+    if not any(name in os.environ for name in WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def usage() -> str:

@@ -50,7 +50,7 @@ def read(path: str | Path, **download: Any) -> Weights:
     local = Path(path).expanduser()
     if not local.exists() and isinstance(path, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         local = _downloaded(path, **download)
-    weights = files.read(local)
+    weights = files.averaged(files.read(local))
     files.check(weights)
     return weights
 

@@ -123,6 +123,16 @@ def test_the_architecture_and_the_normalisation_are_the_file_s(run, pretrained):
     assert weights.config["classes"] == ["ant", "bee", "cow"]
 
 
+def test_an_unfinished_run_knows_its_classes_and_images(images, pretrained, tmp_path, run):
+    given = recipe(images, tmp_path / "run", loop={"max_steps": 1}, init=pretrained)
+    weights, finished = files.read(classify(given)), files.read(run / "last.safetensors")
+    assert weights.path.parent.parent.name == "checkpoints"
+    assert all(weights.config[name] == finished.config[name] for name in ("classes", "input"))
+    model = itpn.load(weights.path.parent)
+    assert isinstance(model, ClassifierModel) and model.classes == ("ant", "bee", "cow")
+    assert torch.equal(model.head.weight, weights.tensors["average.head.weight"])
+
+
 def test_what_is_kept_is_the_average(run):
     trained = files.read(run / "checkpoints" / (run / "checkpoints/last").read_text()).tensors
     kept = files.read(run / "last.safetensors").tensors

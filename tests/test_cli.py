@@ -220,3 +220,40 @@ def test_the_published_command_line_from_another_directory(tmp_path, images, lau
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "pretrained.safetensors").is_file()
+
+
+ENTRIES = {
+    "itpn": "from itpn.cli import main; main(['train', 'x'])",
+    "-m itpn": "import runpy; runpy.run_module('itpn', run_name='__main__')",
+    "tools/train.py": "import runpy; runpy.run_path('tools/train.py', run_name='__main__')",
+    "tools/test.py": "import runpy; runpy.run_path('tools/test.py', run_name='__main__')",
+}
+PROBE = """
+import importlib, os, subprocess, sys
+from types import SimpleNamespace
+sys.argv = ["itpn", "train", "x"]
+names = "OMP_WAIT_POLICY GOMP_SPINCOUNT KMP_BLOCKTIME".split()
+child = f"import os; print([os.environ.get(name) for name in {names}], flush=True)"
+def run(arguments):
+    print("torch" in sys.modules, flush=True)
+    subprocess.run([sys.executable, "-c", child])
+importlib.import_module = lambda name: SimpleNamespace(run=run)
+"""
+
+
+@pytest.mark.parametrize(
+    ("entry", "given", "seen"),
+    [
+        *((entry, {}, ["passive", None, None]) for entry in ENTRIES),
+        ("itpn", {"OMP_WAIT_POLICY": "active"}, ["active", None, None]),
+        ("itpn", {"GOMP_SPINCOUNT": "1000"}, [None, "1000", None]),
+        ("-m itpn", {"KMP_BLOCKTIME": "200"}, [None, None, "200"]),
+    ],
+)
+def test_threads_wait_asleep_before_torch_is_imported_unless_the_user_says_otherwise(entry, given, seen):
+    clean = {name: value for name, value in ENVIRONMENT.items() if name not in cli.WAITING}
+    told = subprocess.run(
+        [sys.executable, "-c", PROBE + ENTRIES[entry]],
+        cwd=ROOT, env=clean | given, capture_output=True, text=True,
+    )  # fmt: skip
+    assert told.stdout == f"False\n{seen}\n", told.stderr

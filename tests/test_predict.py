@@ -132,7 +132,8 @@ def test_classes_without_names(images, tmp_path, capsys, num_classes, label, nam
     unnamed.head.bias.data[label] = 3.0
     unnamed.save_pretrained(tmp_path / "unnamed")
     assert predict(tmp_path / "unnamed", images / "0.png", "--top", 1) == 0
-    assert name in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert name in said.out and ("unnamed does not name its classes" in said.err) == (num_classes == 3)
 
 
 @pytest.mark.parametrize(

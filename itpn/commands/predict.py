@@ -2,6 +2,7 @@
 or of their pixels, or embeddings."""
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -66,7 +67,10 @@ def run(arguments: list[str]) -> None:
         ("--embeddings", embeddings),
         ("--embeddings", embeddings and embeddings.with_suffix(".txt")),
     )
-    match models.load(options.model):
+    model = models.load(options.model)
+    if not isinstance(model, FeatureModel) and model.classes is None and model.config.num_classes != 1000:
+        print(f"{options.model} does not name its classes, so they are numbered", file=sys.stderr)
+    match model:
         case DetectorModel() as model:
             detect(model, options)
         case SegmenterModel() as model:

@@ -26,6 +26,8 @@ Tensors = Mapping[str, torch.Tensor]
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE, LAST = "model.safetensors", "optimizer.safetensors", "state.json", "last"
+SAYS = "says"
+"""In the run's run.json: what a file of weights says beyond the run's config."""
 
 
 class DamagedError(Exception):

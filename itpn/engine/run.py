@@ -83,6 +83,12 @@ class Run:
         if self.world.is_main:
             self._write("run.json", {**self.notes, **values})
 
+    def describe(self, config: Mapping[str, Any]) -> None:
+        """Notes what a file of weights says beyond the run's config, so that checkpoints can say it too."""
+        self.note(
+            **{checkpoint.SAYS: {name: value for name, value in config.items() if name not in self.config}}
+        )
+
     def finish(self, step: int) -> None:
         """Marks the run as finished: the last thing that happens to it."""
         self.note(finished_step=step)

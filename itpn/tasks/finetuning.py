@@ -150,6 +150,7 @@ def fine_tune(
             "each rank normalises its own samples, since CPUs have no synchronised batch norm; "
             f"{group_norm} does not depend on ranks"
         )
+    run.describe(evaluation.portable_config)
     trained = [name for name, parameter in objective.named_parameters() if parameter.requires_grad]
     finished = train(
         objective,

@@ -222,9 +222,21 @@ def read(path: Path) -> Weights:
         raise UserError(f"{file_path}: its metadata is damaged ({error})") from error
     if not isinstance(config, dict) or not (source is None or _is_source(source)):
         raise UserError(f"{file_path}: its metadata is no config of ours")
+    config = _said_by_run(file_path) | config
     if odd := next((name for name, tensor in tensors.items() if not is_real(tensor)), None):
         raise UserError(f"{file_path}: {printable(odd)} holds {tensors[odd].dtype}, no weights")
     return Weights(file_path, tensors, config, source)
+
+
+def averaged(weights: Weights) -> Weights:
+    """The average of the weights alone, where a checkpoint holds it too; a run keeps that as its best."""
+    prefix = "average."
+    tensors = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in weights.tensors.items()
+        if name.startswith(prefix)
+    }
+    return replace(weights, tensors=tensors) if tensors else weights
 
 
 def is_real(tensor: Tensor) -> bool:
@@ -323,6 +335,18 @@ def _newest(run: Path) -> Path:
     if not re.fullmatch(rb"[0-9]{1,20}", name):
         raise UserError(f"{last} names no checkpoint; give one of those beside it by its model.safetensors")
     return run / "checkpoints" / name.decode() / "model.safetensors"
+
+
+def _said_by_run(path: Path) -> dict[str, Any]:
+    """What the run of a checkpoint's file says of its classes and images; nothing of other files."""
+    folder = path.absolute().parent
+    if folder.parent.name != "checkpoints":
+        return {}
+    try:
+        says = json.loads((folder.parent.parent / "run.json").read_text())[checkpoint.SAYS]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
+    return says if isinstance(says, dict) else {}
 
 
 def shape_of(tensor: Tensor | None) -> str:
