@@ -21,11 +21,12 @@ from itpn.data.check_labels import LabelTally, tally_of
 from itpn.data.check_labels import summary as label_summary
 from itpn.data.check_objects import described
 from itpn.data.check_objects import summary as objects_summary
+from itpn.data.class_names import names_file
 from itpn.data.coco import Coco, Finding
 from itpn.data.coco_file import find_coco, read_coco
 from itpn.data.folders import Split, split_folder
 from itpn.data.images import find_images
-from itpn.data.labelled import IGNORED, names_file
+from itpn.data.labelled import IGNORED
 from itpn.data.labels import MAX_CLASSES
 from itpn.data.loader import DataConfig, default_workers
 from itpn.data.segmentation import SegmentationDataConfig, find_labelled, has_split

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from itpn.data.class_names import numbered, read_table
 from itpn.data.folders import Split
-from itpn.data.labelled import IGNORED, LabelledImages, numbered, paired, read_table
+from itpn.data.labelled import IGNORED, LabelledImages, paired
 from itpn.data.labels import Labelling
 from itpn.errors import UserError
 

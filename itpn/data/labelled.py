@@ -8,18 +8,16 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
+from itpn.data.class_names import names_in
 from itpn.data.folders import LeftOut, Split, walk
 from itpn.data.images import ImageList
 from itpn.data.labels import MAX_CLASSES, Labelling, Labels, listed, read_labels
-from itpn.data.pairing import folders_of, partners, root_of
+from itpn.data.pairing import folders_of, partners
 from itpn.data.picture import BadImageError
 from itpn.data.source import Names
 from itpn.errors import UserError, printable
 
 IGNORED = 255
-NAMES = "classes.txt"
-MAX_NAMES = 1 << 20
-"""The longest file of class names, in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,7 +100,7 @@ def find_masks(
     Raises:
         UserError: a folder is missing or empty, the classes are not known, or files have no partner.
     """
-    class_names = _class_names(root, names, num_classes, values)
+    class_names = names_in(root, names, num_classes, values)
     no_label = {*([] if ignored is None else [ignored]), *([0] if zero_is_no_label else [])} - {*values}
     if values:
         _check_values(values, class_names, zero_is_no_label)
@@ -138,7 +136,8 @@ def paired(image_folder: Path, label_folder: Path, labelling: Labelling, *, skip
         UserError: a folder is missing or empty, two images share a name, or, unless these are to be skipped,
             files have no partner.
     """
-    images = _by_stem(image_folder, walk(image_folder, LeftOut()))
+    beside = LeftOut()
+    images = _by_stem(image_folder, walk(image_folder, beside))
     labels = _by_stem(label_folder, walk(label_folder))  # a model's labels may be learned from
     partner = partners(images.keys(), labels.keys())
     both = sorted(partner)
@@ -170,7 +169,8 @@ def paired(image_folder: Path, label_folder: Path, labelling: Labelling, *, skip
         labels=None,
         class_names=None,
         description=f"{len(both):,} images with labels of {labelling.num_classes:,} classes under "
-        f"{image_folder}{printable(unlike)}{left_out}",
+        f"{image_folder}{printable(unlike)}{left_out}{beside}",
+        notes=tuple(filter(None, [beside.pictures(image_folder)])),
         label_root=label_folder,
         label_names=Names([labels[partner[stem]] for stem in both]),
         labelling=labelling,
@@ -211,50 +211,3 @@ def _contents(folder: Path) -> str:
 
 def _alone(folder: Path, names: Iterable[str], reason: str) -> list[BadImageError]:
     return [BadImageError(folder / PurePosixPath(name), reason) for name in names]
-
-
-def _class_names(
-    root: Path, names: Path | None, num_classes: int | None, values: tuple[int, ...]
-) -> tuple[str, ...]:
-    path = names or names_file(root)
-    if names is None and not path.is_file():
-        if values and num_classes in (None, len(values)):
-            return tuple(f"class {value}" for value in values)
-        if num_classes is None:
-            raise UserError(
-                f"the number of classes is not known: write their names to {path}, one a line, or give "
-                "--data.num-classes; itpn check-data tells which numbers there are"
-            )
-        return numbered(num_classes)
-    found = tuple(line.strip() for line in read_table(path))
-    if "" in found or len(set(found)) < len(found):
-        raise UserError(f"{path} has a line without a name, or a name twice; it takes one class a line")
-    if num_classes not in (None, len(found)):
-        raise UserError(f"{path} names {len(found):,} classes, but --data.num-classes says {num_classes:,}")
-    return found
-
-
-def names_file(root: Path) -> Path:
-    """The file of class names of a data set; where it should be, if there is none."""
-    return root / NAMES if (root / NAMES).is_file() else root_of(root) / NAMES
-
-
-def numbered(num_classes: int) -> tuple[str, ...]:
-    """Names for classes that have none."""
-    return tuple(f"class {i}" for i in range(num_classes))
-
-
-def read_table(path: Path) -> Sequence[str]:
-    """The lines of a small text file, without empty ones at its end.
-
-    Raises:
-        UserError: it cannot be read, or is too long to be one.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_NAMES + 1)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; it lists the classes' names") from error
-    if len(data) > MAX_NAMES:
-        raise UserError(f"{path} is longer than {MAX_NAMES:,} bytes; it lists the classes' names")
-    return data.decode("utf-8-sig", errors="replace").rstrip().splitlines()

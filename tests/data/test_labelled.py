@@ -46,6 +46,14 @@ def test_pairs_go_by_the_path_without_ending(root: Path) -> None:
     assert images.path(3).name == "a.b.JPG" and images.pair(3)[1].shape == (8, 8)
 
 
+def test_images_of_other_endings_are_told(root: Path) -> None:
+    (root / "images/train/04.jfif").write_bytes(encoded(flat(), "JPEG"))
+    images = find_masks(root)
+    assert images.description.endswith("; other files beside them: 1 .jfif")
+    [note] = images.notes
+    assert note.startswith("1 files look like images and are left out for their endings")
+
+
 @pytest.mark.parametrize("skip_bad", [False, True])
 def test_files_without_a_partner(root: Path, skip_bad: bool) -> None:
     (root / "labels/train/01.png").unlink()
