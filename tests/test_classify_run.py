@@ -32,7 +32,7 @@ from itpn.show.curves import read_metrics
 from itpn.tasks.classify import classify
 from itpn.tasks.common import config_of
 from itpn.weights import files
-from tests.toys import toy_backbone, toy_model
+from tests.toys import STEADY, toy_backbone, toy_model
 
 PLAIN = FinetuneConfig(mix=MixConfig(mixup=0.0, cutmix=0.0, erasing=0.0, smoothing=0.0))
 
@@ -79,6 +79,7 @@ def recipe(root, run_dir, loop=None, **fields):
         data=DataConfig(root=root, workers=0, randaugment="rand-m9-mstd0.5-inc1"),
         finetune=FinetuneConfig(average=0.99),
         layer_decay=LayerDecayConfig(rate=0.8),
+        optim=AdamWConfig(eps=STEADY),
         schedule=ScheduleConfig(),
         loop=LoopConfig(
             **{"epochs": 2, "batch_size": 8, "device": "cpu", "log_every": 1, "run_dir": run_dir}

@@ -12,6 +12,10 @@ from itpn.objectives.decoder import DecoderConfig
 from itpn.objectives.features import FeaturesConfig
 from itpn.objectives.pixel import PixelConfig, PixelObjective
 
+STEADY = 1e-4
+"""Epsilon of Adam for runs that are compared up to rounding. With the usual 1e-8 a gradient near zero, which
+rounds to either side of it, takes a whole step of the learning rate to that side."""
+
 
 def toy_backbone(**numbers) -> HiViTConfig:
     toy = {"width": 32, "depths": (1, 1, 2), "num_heads": 2, "image_size": 64, "mlp_ratio": 2.0}

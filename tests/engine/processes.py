@@ -26,8 +26,8 @@ TINY = """
     pretrain_demo --model.backbone.size itpn_pico --model.backbone.image-size 32
     --model.backbone.drop-path 0.1 --model.pyramid.width 16 --objective.decoder.width 32
     --objective.decoder.depth 1 --objective.decoder.num-heads 2 --epochs 12 --batch-size 8 --device cpu
-    --log-every 1 --picture-every 0 --knn.every 4 --knn.k 3 --checkpoint-minutes 0 --keep-last 3
-    --data.max-bad-share 0.5
+    --optim.eps 1e-4 --log-every 1 --picture-every 0 --knn.every 4 --knn.k 3 --checkpoint-minutes 0
+    --keep-last 3 --data.max-bad-share 0.5
 """.split()  # noqa: SIM905
 """A real config, made tiny: masked feature modeling with its teacher, drop path; k-NN; two bad images."""
 

@@ -15,7 +15,7 @@ from itpn.engine.loop import Interlude, LoopConfig, train
 from itpn.engine.optim import AdamWConfig
 from itpn.engine.run import Run
 from itpn.engine.schedule import ScheduleConfig
-from tests.toys import toy_batch, toy_objective
+from tests.toys import STEADY, toy_batch, toy_objective
 
 BATCH_SIZE, STEPS_PER_EPOCH, STOP = 8, 4, 7
 COMMAND = (
@@ -66,7 +66,7 @@ def pretrain(directory: Path, world: World, model=None, **fields):
         batches_of(model, world),
         steps_per_epoch=STEPS_PER_EPOCH,
         loop=loop,
-        optim=AdamWConfig(lr=3e-3),
+        optim=AdamWConfig(lr=3e-3, eps=STEADY),
         schedule=ScheduleConfig(warmup_epochs=1),
         run=Run(directory, {}, world),
         interludes=[Interlude(1, evaluate)],

@@ -10,7 +10,7 @@ from itpn.engine.loop import LoopConfig, train
 from itpn.engine.optim import AdamWConfig
 from itpn.engine.run import Run
 from itpn.engine.schedule import ScheduleConfig
-from tests.toys import toy_detector, toy_scenes
+from tests.toys import STEADY, toy_detector, toy_scenes
 
 BATCH_SIZE = 4
 
@@ -38,7 +38,7 @@ def fine_tune(directory: Path, world: World, **fields) -> None:
         batches,
         steps_per_epoch=4,
         loop=loop,
-        optim=AdamWConfig(lr=1e-4),
+        optim=AdamWConfig(lr=1e-4, eps=STEADY),
         schedule=ScheduleConfig(warmup_epochs=0),
         run=Run(directory, {}, world),
     )
