@@ -22,6 +22,7 @@ from itpn.data.check_labels import summary as label_summary
 from itpn.data.check_objects import described
 from itpn.data.check_objects import summary as objects_summary
 from itpn.data.class_names import names_file
+from itpn.data.classes import check_same_classes, class_names_of
 from itpn.data.coco import Coco, Finding
 from itpn.data.coco_file import find_coco, read_coco
 from itpn.data.folders import Split, split_folder
@@ -94,10 +95,25 @@ def run(arguments: list[str]) -> None:
     if len(tallies) == 2:
         print(shared(*tallies.values()))
     warnings = [f"{split}: {line}" for split, tally in tallies.items() for line in tally.warnings()]
+    warnings += _about_classes(splits)
     for warning in warnings:
         print(f"warning: {printable(warning)}")
     if warnings or any(tally.bad or tally.unpaired or _left_out(tally.images) for tally in tallies.values()):
         raise SystemExit(1)
+
+
+def _about_classes(splits: Mapping[str, Images]) -> list[str]:
+    """Why no classifier could be trained on class folders, if so."""
+    train = splits["train"]
+    if train.class_names is None:
+        return []
+    try:
+        class_names_of(train)
+        if "val" in splits:
+            check_same_classes(train, splits["val"])
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def images_of(options: CheckData) -> dict[str, Images]:
@@ -222,7 +238,7 @@ def _bad(tally: Tally) -> Iterator[str]:
     yield f"{len(tally.bad):,} cannot ({share:.2%}{stops}):"
     alike: dict[str, list[str]] = defaultdict(list)  # but for numbers, such as that of missing bytes
     for reason in tally.bad.values():
-        alike[re.sub(r"\d[\d,]*", "…", reason)].append(reason)
+        alike[re.sub(r"(?<!-b )\d[\d,]*", "…", reason)].append(reason)  # -b 1 is part of a command
     for pattern, reasons in sorted(alike.items(), key=lambda item: -len(item[1])):
         yield f"  {len(reasons):,} {printable(reasons[0] if len({*reasons}) == 1 else pattern)}"
 

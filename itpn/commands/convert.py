@@ -71,7 +71,7 @@ def _convert(options: Convert) -> None:
     _save(options.out, translated.tensors, translated.config, source)
     weights = Weights(options.out, translated.tensors, translated.config)
     print("\n".join(findings(foreign, translated)))
-    Console(highlight=False, soft_wrap=True).print(contents(weights))
+    Console(highlight=False, markup=False, soft_wrap=True).print(contents(weights))
     print("\n".join(described(weights)))
     print(f"wrote {options.out} ({options.out.stat().st_size / 1e6:.1f} MB)")
     print(f'itpn.load("{options.out}") or --init {options.out} takes it from here')

@@ -66,6 +66,8 @@ def run(arguments: list[str]) -> None:
         }
     for split, result in written.items():
         _report(split, result)
+        for note in splits[split].notes:
+            print(printable(f"warning: {split}: {note}"), file=sys.stderr)
     print(f"The order was shuffled once, by seed {options.seed}: neighbours are not of one class.")
     print(f"Next: itpn train pretrain_own-data --data.root {options.out}")
 

@@ -68,8 +68,8 @@ _CURES = {
     NARROW: "night or fog may look so, and so do masks and wrongly scaled data; scale their values to 0..255",
     NARROW_DEEP: "12-bit data look so; scale all files alike, from the lowest to the highest value in use, "
     "as with GDAL: gdal_translate -ot Byte -scale 0 4095 0 255 IN OUT.tif",
-    MORE_BANDS: "red, green and blue are taken to come first; choose others, as with GDAL: "
-    "gdal_translate -b 1 -b 2 -b 3 IN OUT.tif",
+    MORE_BANDS: "the first are taken for red, green and blue, or the first one for grey; choose yours, as "
+    "with GDAL: gdal_translate -b 1 -b 2 -b 3 IN OUT.tif, or -b 1 alone",
     ODD_ALPHA: "infrared stored as alpha looks so, and the image fades into white by it; drop it, as with "
     "GDAL: gdal_translate -b 1 -b 2 -b 3 IN OUT.tif",
 }
@@ -130,14 +130,15 @@ class Tally:
         yield from self._lost_classes()
 
     def _lost_classes(self) -> Iterator[str]:
+        """A line for each class of which no image can be read."""
         labels = self.images.labels
         if labels is None or not self.bad:
             return
-        bad = Counter(labels[[*self.bad]].tolist())
-        for count, name in self.class_counts():
-            label = (self.images.class_names or ()).index(name)
-            if bad[label] == count:
-                yield f"no image of class {name} can be read, of {count:,}; replace them, or remove the class"
+        names = self.images.class_names or ()
+        counts, bad = (torch.bincount(some, minlength=len(names)) for some in (labels, labels[[*self.bad]]))
+        for label in ((counts == bad) & (bad > 0)).nonzero().flatten().tolist():
+            all_of = f"no image of class {names[label]} can be read, of {counts[label]:,}"
+            yield f"{all_of}; replace them, or remove the class"
 
     @property
     def num_read(self) -> int:

@@ -33,6 +33,8 @@ _SYSTEM = re.compile(
 )
 """Folders that file managers, disk stations and archives make."""
 _SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini"})
+_MOST_OPENED = 20
+"""Endings of which a file is opened to see what it is."""
 _MOST_AROUND = 8
 """Folders that may lie around a data set, one in the other."""
 
@@ -54,6 +56,7 @@ class LeftOut:
         if name.split("/")[-1].lower() in _SYSTEM_FILES:
             return
         ending = os.path.splitext(name)[1].lower()
+        ending = ending if any(map(str.isalpha, ending)) else ""  # a number, such as of a slice, is none
         self.others[ending] += 1
         self.first.setdefault(ending, name)
 
@@ -74,17 +77,21 @@ class LeftOut:
     def pictures(self, root: Path) -> str:
         """What to do about files that are images, but not called so; empty where there are none."""
         kinds = {
-            ending: ENDINGS.get(ending) or kind_of_file(root / name) for ending, name in self.first.items()
+            ending: ENDINGS.get(ending) or kind_of_file(root / self.first[ending])
+            for ending, _ in self.others.most_common(_MOST_OPENED)
         }
         found = {ending: kind for ending, kind in kinds.items() if kind is not None and kind.is_image}
         if not found:
             return ""
         counts = Counter({ending: self.others[ending] for ending in found})
         example = self.first[counts.most_common(1)[0][0]]
-        cures = sorted({kind.cure_of_name for kind in found.values()})
+        cures: dict[str, set[str]] = {}
+        for kind in found.values():
+            cures.setdefault(kind.cure_of_name, set()).add(kind.name.partition(" ")[2])
+        told = [f"{', '.join(sorted(names))}: {cure}" for cure, names in sorted(cures.items())]
         return (
             f"{counts.total():,} files look like images and are left out for their endings: "
-            f"{self._counted(counts)}, such as {example}; {', or '.join(cures)}"
+            f"{self._counted(counts)}, such as {example}; {'; '.join(told)}"
         )
 
     @staticmethod

@@ -25,7 +25,7 @@ class Kind(NamedTuple):
     @property
     def cure_of_name(self) -> str:
         """What to do about a file that is not found for its ending."""
-        return f"rename {self.name.split()[-1]} files to end in {self.ending}" if self.ending else self.cure
+        return f"name such a file to end in {self.ending}" if self.ending else self.cure
 
 
 def _ours(name: str, ending: str) -> Kind:

@@ -4,7 +4,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
@@ -164,7 +164,7 @@ class Subset(Images):
 
 
 def hold_out(images: Images, share: float, seed: int) -> tuple[Subset, Subset]:
-    """Splits images into those to train on and those to validate on, drawn from the seed.
+    """Splits images into those to train on, which keep the notes, and those to validate on, by the seed.
 
     A `share` of each class is held out, rounded, but at least one image and not all; of a class with a single
     image none. Images without classes are split as if they were of one.
@@ -188,5 +188,5 @@ def hold_out(images: Images, share: float, seed: int) -> tuple[Subset, Subset]:
         )
     return (
         Subset.of(images, (~held_out).nonzero().flatten(), "to train on"),
-        Subset.of(images, held_out.nonzero().flatten(), "held out for validation"),
+        replace(Subset.of(images, held_out.nonzero().flatten(), "held out for validation"), notes=()),
     )

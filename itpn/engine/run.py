@@ -94,13 +94,13 @@ class Run:
         self.note(finished_step=step)
 
     def say(self, message: str) -> None:
-        """One line for the user, from rank 0 only."""
-        self.console.print(message)
+        """Lines for the user, from rank 0 only; names in them are harmless to a terminal."""
+        self.console.print("\n".join(map(printable, message.split("\n"))))
 
     def warn(self, warnings: Sequence[str]) -> None:
         """Say what would go wrong without a word, a line each, and keep it for the report."""
         for warning in warnings:
-            self.say(f"warning: {printable(warning)}")
+            self.say(printable(f"warning: {warning}"))
         self.note(warnings=list(warnings))
 
     @property

@@ -91,3 +91,11 @@ def test_another_order_is_an_error() -> None:
 def test_images_of_one_class_cannot_tell_how_good_features_are() -> None:
     with pytest.raises(UserError, match="all are of one class, 'cat', so that nothing can be measured"):
         check_same_classes(of_classes(dog=5, cat=1), of_classes(dog=0, cat=3))
+
+
+def test_names_of_classes_are_harmless_to_a_terminal() -> None:
+    odd, shown = "a\n\x1b[31m[bold]b", r"a\n\x1b[31m[bold]b"
+    assert f"smallest {shown} (1 images)" in describe_balance(of_classes(dog=2, **{odd: 1}))
+    with pytest.raises(UserError) as caught:
+        check_same_classes(of_classes(dog=2, **{odd: 1}), of_classes(dog=2))
+    assert str(caught.value).endswith(f"only in train: {shown}; only in val: none")

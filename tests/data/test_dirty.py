@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -248,6 +249,23 @@ def test_check_data_compares_the_splits(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "val/a/4.png").write_bytes(encoded(flat("L"), "PNG"))
     (tmp_path / "val/b/5.png").write_bytes(encoded(flat("RGBA"), "PNG"))
     assert "no image of val is in train" in check_data(capsys, tmp_path)[1]
+
+
+def test_check_data_warns_of_classes_that_no_classifier_can_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("train/a/1.png", "train/b/2.png", "val/a/3.png", "val/c/4.png", "val/b/5.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(noise(), "PNG", dpi=(len(name), int(name[-5]))))
+    status, printed = check_data(capsys, tmp_path)
+    assert status == 1 and "only in train: none; only in val: c" in printed
+    shutil.rmtree(tmp_path / "val/c")
+    assert check_data(capsys, tmp_path)[0] == 0
+    (tmp_path / "train").rename(tmp_path / "my_train")
+    (tmp_path / "val").rename(tmp_path / "my_test")
+    status, printed = check_data(capsys, tmp_path)
+    assert status == 1 and "look like splits and not like classes: my_test, my_train" in printed
 
 
 def test_names_of_any_kind_are_found_and_shown_in_one_harmless_line(

@@ -176,12 +176,14 @@ def test_files_of_other_endings_are_counted_and_images_among_them_warned_of(tmp_
     )
     (note,) = images.notes
     assert note.startswith("4 files look like images and are left out for their endings: 2 .heic, ")
-    assert "such as ant/a.HEIC" in note and "rename JPEG files to end in .jpg" in note and "magick" in note
+    assert "such as ant/a.HEIC" in note and "JPEG, PNG" not in note
+    assert "; HEIC: convert such a file, as with ImageMagick: magick IN OUT.png" in note
+    assert "; JPEG: name such a file to end in .jpg; PNG: name such a file to end in .png" in note
 
 
 def test_images_of_other_endings_alone_are_told(tmp_path: Path) -> None:
     touch(tmp_path, "a/x.heic")
-    with pytest.raises(UserError, match=r"holds no image; .*1 files look like images.*a/x\.heic; convert"):
+    with pytest.raises(UserError, match=r"no image; .*1 files look like images.*a/x\.heic; HEIC: convert"):
         find_images(tmp_path)
 
 
@@ -254,3 +256,26 @@ def test_classes_one_level_deeper_are_told(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "site1")
     shutil.rmtree(tmp_path / "site2")
     assert find_images(tmp_path).class_names == TWO
+
+
+def test_a_folder_s_name_is_harmless_to_a_terminal(tmp_path: Path) -> None:
+    classes(tmp_path / "a\n\x1b[31m" / "train", *TWO)
+    description = find_images(tmp_path).description
+    assert description == f"4 images in 2 class folders under {tmp_path}/a\\n\\x1b[31m/train"
+
+
+def test_a_hold_out_warns_once_of_what_was_found(tmp_path: Path) -> None:
+    classes(tmp_path, *TWO)
+    touch(tmp_path, "ant/a.heic")
+    train, val = splits(DataConfig(root=tmp_path), 0.5)
+    assert len(train.notes) == 1 and val.notes == ()
+    assert train.description == (
+        f"2 of 4 images in 2 class folders under {tmp_path}, to train on; other files beside them: 1 .heic"
+    )
+
+
+def test_numbers_behind_a_dot_are_no_endings(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", *(f"slice.{i:03}" for i in range(9)))
+    assert "other files beside them: 9 without ending" in find_images(tmp_path).description
+    (tmp_path / "slice.000").write_bytes(bytes(128) + b"DICM")
+    assert "9 files look like images" in find_images(tmp_path).notes[0]

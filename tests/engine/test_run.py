@@ -83,6 +83,11 @@ def test_only_rank_0_writes_and_speaks(tmp_path: Path, capsys) -> None:
     assert not run.directory.exists() and capsys.readouterr().out == ""
 
 
+def test_what_is_said_is_harmless_to_a_terminal(tmp_path: Path, capsys) -> None:
+    Run(tmp_path, {}, WORLD).say("[bold]cat[/bold] \x1b]0;owned\x07\nanother line")
+    assert capsys.readouterr().out == "[bold]cat[/bold] \\x1b]0;owned\\x07\nanother line\n"
+
+
 def test_warnings_are_said_on_a_line_each_and_kept(tmp_path: Path, capsys) -> None:
     run = Run(tmp_path, {}, WORLD)
     run.warn(["class \x1b[1m never occurs", "9 files are left out"])
