@@ -27,11 +27,7 @@ PAGES = [
 ]
 
 
-UNWRAPPED = {"data.md", "running.md", "weights.md"}
-WRAPPED = [
-    ROOT / "README.md",
-    *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name not in UNWRAPPED),
-]
+WRAPPED = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def name_of(page: Path) -> str:
