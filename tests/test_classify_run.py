@@ -327,5 +327,5 @@ def test_classes_that_differ_between_the_splits(images, tmp_path):
 
 def test_images_without_classes(tmp_path, images):
     shutil.copytree(images / "train" / "ant", tmp_path / "images")
-    with pytest.raises(UserError, match="put each image in a folder of its class"):
+    with pytest.raises(UserError, match="make a folder there for each class"):
         classify(recipe(tmp_path / "images", tmp_path / "run"))
