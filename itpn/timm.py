@@ -6,7 +6,6 @@ Beside timm's own arguments they take ``weights=``, a file of ours or whatever e
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -16,13 +15,15 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from itpn import models
+from itpn.data.transforms import CROP_RATIO, crop_ratio_of
+from itpn.data.views import MultiScale
 from itpn.errors import UserError
 from itpn.heads.classify import Classifier, ClassifierConfig
 from itpn.nn.hivit import SIZES, Features, HiViT
 from itpn.nn.layers import to_map
 from itpn.nn.pyramid import ModelConfig, Pyramid
 from itpn.weights import loading
-from itpn.weights.files import Weights
+from itpn.weights.files import Weights, structured
 
 
 class TimmModel(Classifier):
@@ -36,12 +37,12 @@ class TimmModel(Classifier):
         global_pool: ``"avg"`` for the pooling of the weights' classifier, or ``""`` for none.
         drop_rate: dropout of the pooled features.
         in_chans, drop_path_rate: channels of an image, drop path of the last block; None: the weights'.
-        weights: see `itpn.load`; a classifier's head is taken if it has as many classes.
+        weights: a file of this size; a classifier's head is taken if it has as many classes.
         features: what `forward_intermediates` gives, and so ``features_only``. A classifier's logits do not
             come from the pyramid: trained as one, its parameters get no gradient.
 
     Raises:
-        UserError: weights of another size, without the pyramid asked for, or that do not fit.
+        UserError: weights without the pyramid asked for, or that do not fit.
     """
 
     head: nn.Module  # type: ignore[assignment]  # none for 0 classes
@@ -55,25 +56,24 @@ class TimmModel(Classifier):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float | None = None,
-        weights: str | Path | None = None,
+        weights: Weights | None = None,
         features: Literal["stages", "pyramid"] = "stages",
     ) -> None:
-        loaded = models.read_as(cfg, weights) if weights else None
-        config = loaded.part("model", ModelConfig) if loaded else models.config_of(cfg)
+        config = weights.part("model", ModelConfig) if weights else models.config_of(cfg)
         changed: dict[str, Any] = {"image_size": _side(img_size)} if img_size else {}
         changed |= {"in_channels": in_chans} if in_chans is not None else {}
         changed |= {"drop_path": drop_path_rate} if drop_path_rate is not None else {}
         backbone = replace(config.backbone, **changed)
         head = ClassifierConfig(num_classes=num_classes or 1)
-        if loaded and "classifier" in loaded.config:
-            head = replace(head, pooling=loaded.part("classifier", ClassifierConfig).pooling)
+        if weights and "classifier" in weights.config:
+            head = replace(head, pooling=weights.part("classifier", ClassifierConfig).pooling)
         super().__init__(HiViT(backbone), head)
         width, patch_size = backbone.shape.width, backbone.patch_size
         self.pyramid = None
         channels, names = [width // 4, width // 2, width], [f"backbone.stage{i}" for i in (1, 2, 3)]
         if features == "pyramid":
             if config.pyramid is None:
-                raise UserError(f'{weights} holds no pyramid; leave features="pyramid" out')
+                raise UserError(f'{weights and weights.path} holds no pyramid; leave features="pyramid" out')
             self.pyramid = Pyramid(width, config.pyramid)
             channels, names = [config.pyramid.width] * 3, [f"pyramid.out{i}" for i in (4, 8, 16)]
         elif features != "stages":
@@ -88,8 +88,8 @@ class TimmModel(Classifier):
         self.num_classes, self.global_pool = num_classes, _pool(global_pool)
         if num_classes == 0:
             self.head = nn.Identity()
-        if loaded:
-            self._load(loaded)
+        if weights:
+            self._load(weights)
 
     def _load(self, weights: Weights) -> None:
         taken = {"backbone", "pyramid"} if self.pyramid else {"backbone"}
@@ -252,7 +252,7 @@ default_cfgs = generate_default_cfgs(
             "input_size": (3, 224, 224),
             "num_classes": 1000,
             "interpolation": "bicubic",
-            "crop_pct": 0.875,
+            "crop_pct": CROP_RATIO,
             "mean": models.MEAN,
             "std": models.STD,
             "first_conv": "backbone.stem_proj",
@@ -265,9 +265,44 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+def _told(weights: Weights, img_size: int | tuple[int, int] | None) -> dict[str, Any]:
+    """Say in timm's words how evaluations of a file prepare images, and how many classes it tells apart.
+
+    Detectors and segmenters see all of an image, scaled by its shorter side; timm cuts out the middle.
+    """
+    backbone = weights.part("model", ModelConfig).backbone
+    channels, short = backbone.in_channels, _short_side(weights)
+    side = short // backbone.patch_size * backbone.patch_size if short else backbone.image_size
+    size = (_side(img_size),) * 2 if img_size else weights.input_size() or (side, side)
+    mean, std = weights.statistics(models.MEAN, models.STD)
+    classifier = "classifier" in weights.config and weights.part("classifier", ClassifierConfig)
+    return {
+        "input_size": (channels, *size),
+        "crop_pct": min(1.0, min(size) / short) if short else crop_ratio_of(size),
+        "interpolation": "bilinear" if "segmenter" in weights.config else "bicubic",
+        "mean": mean * (channels // len(mean)),  # one number is every channel's
+        "std": std * (channels // len(std)),
+        "num_classes": classifier.num_classes if classifier else 0,
+    }
+
+
+def _short_side(weights: Weights) -> int | None:
+    """Pixels that a detector or segmenter scales an image's shorter side to; None for other models."""
+    if "detector" in weights.config:
+        views = (weights.config.get("input") or {}).get("views") or {}
+        return structured(views, MultiScale, f"{weights.path}: its views").eval_short_side
+    if "segmenter" in weights.config:
+        return (weights.scale() or (512, 2048))[0]
+    return None
+
+
 def _entrypoint(name: str) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:  # timm's form, which takes all it knows
         features = {"out_indices": (0, 1, 2), "feature_cls": "getter"}
+        if path := kwargs.pop("weights", None):
+            weights = kwargs["weights"] = models.read_as(name, path)
+            told = _told(weights, kwargs.get("img_size"))
+            kwargs["pretrained_cfg_overlay"] = told | (kwargs.get("pretrained_cfg_overlay") or {})
         if kwargs.get("feature_cls", "getter") != "getter":
             raise UserError(f"feature_cls: {kwargs['feature_cls']!r} cannot take these maps; leave it out")
         return build_model_with_cfg(

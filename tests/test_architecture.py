@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "weights": {"errors", "outputs", "nn", "objectives", "heads", "engine"},
     "hub": {"errors", "nn", "objectives", "weights"},
     "models": {"errors", "nn", "objectives", "heads", "weights", "hub"},
-    "timm": {"errors", "nn", "heads", "weights", "models"},
+    "timm": {"errors", "nn", "heads", "data", "weights", "models"},
     "recipes": {"errors", "nn", "objectives", "heads", "data", "engine", "evaluate"},
     "bench": {
         *("errors", "outputs", "nn", "objectives", "heads", "data", "engine", "show", "recipes", "commands")

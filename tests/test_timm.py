@@ -1,8 +1,13 @@
 """What timm expects of a model, as its own tests ask it; the big sizes without memory."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
 from timm.models import group_parameters
 from timm.models._features import FeatureInfo
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
@@ -10,12 +15,17 @@ from torch import nn
 
 import itpn
 import itpn.timm
+from itpn import models
+from itpn.data.aligned import fitted
+from itpn.data.transforms import center_crop, crop_ratio_of
 from itpn.errors import UserError
 from itpn.heads.classify import Classifier, ClassifierConfig
-from itpn.models import config_of
+from itpn.hub import as_json
+from itpn.models import FeatureModel, config_of
 from itpn.nn.hivit import SIZES, HiViT
 from itpn.nn.layers import to_map
 from itpn.nn.pyramid import ModelConfig
+from itpn.objectives.pixel import PixelConfig
 from itpn.weights import files
 from tests.saved import save
 
@@ -245,3 +255,96 @@ def test_a_classifiers_file(tmp_path, pooling):
         assert torch.equal(by_path(images()), model(images()))
     with pytest.raises(UserError, match="no pyramid"):
         create("itpn_pico", weights=path, features="pyramid")
+
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def file_of(path, kind: str, told: dict | None = None, image_size: int = 96):
+    """A file of ours whose config says of its images what is ``told``."""
+    backbone = replace(config_of("itpn_pico").backbone, image_size=image_size)
+    model, objective = ModelConfig(backbone=backbone, pyramid=None), PixelConfig(mean=HALF, std=HALF)
+    config = {"model": as_json(model)}
+    module = nn.ModuleDict({"backbone": HiViT(backbone)})
+    if kind == "classifier":
+        module = Classifier(HiViT(backbone), ClassifierConfig(num_classes=6))
+        config["classifier"] = as_json(module.config)
+    elif kind == "pretrained":
+        config["objective"] = as_json(objective)
+    elif kind in ("detector", "segmenter"):
+        config[kind] = {"mean": HALF, "std": HALF}
+    files.save(path, module.state_dict(), config | ({"input": told} if told else {}))
+    return path
+
+
+def photograph(width: int = 300, height: int = 200) -> Image.Image:
+    """A smooth picture, where a shift of a pixel or another filter shows."""
+    noise = torch.rand(3, 12, 16, generator=torch.Generator().manual_seed(0))
+    pixels = F.interpolate(noise[None], (height, width), mode="bicubic", align_corners=False)[0].clamp(0, 1)
+    return Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy())
+
+
+def assert_prepared(model, ours, mean, std):
+    """That timm's transform gives our evaluation's uint8 pixels, but for rounding."""
+    theirs = create_transform(**resolve_model_data_config(model))(photograph())
+    expected = (ours.float() / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    torch.testing.assert_close(theirs, expected, rtol=0, atol=4 / 255 / min(std))
+
+
+@pytest.mark.parametrize("image_size", [96, 256])
+@pytest.mark.parametrize("kind", ["pretrained", "classifier", "converted"])
+def test_timm_prepares_images_as_evaluations_do(tmp_path, kind, image_size):
+    told = {"mean": HALF, "std": HALF, "image_size": [image_size] * 2}
+    path = file_of(tmp_path / "a.safetensors", kind, told if kind == "classifier" else None, image_size)
+    model = create("itpn_pico", weights=path)
+    config = resolve_model_data_config(model)
+    mean, std = (models.MEAN, models.STD) if kind == "converted" else (HALF, HALF)
+    size = (image_size, image_size)
+    assert config == {
+        "input_size": (3, *size),
+        "mean": mean,
+        "std": std,
+        "interpolation": "bicubic",
+        "crop_pct": crop_ratio_of(size),
+        "crop_mode": "center",
+    }
+    assert_prepared(model, center_crop(photograph(), size, crop_ratio_of(size)), mean, std)
+    assert model.num_classes == model.pretrained_cfg["num_classes"] == (6 if kind == "classifier" else 0)
+    assert model.pretrained_cfg["classifier"] == "head"
+    assert model.pretrained_cfg["first_conv"] == "backbone.stem_proj"
+
+
+def test_timm_cuts_the_middle_out_of_what_segmenters_and_detectors_see(tmp_path):
+    told = {"mean": HALF, "std": HALF, "image_size": [64, 64], "scale": [128, 512]}
+    model = create("itpn_pico", weights=file_of(tmp_path / "s.safetensors", "segmenter", told))
+    whole = fitted(photograph(), 128, 512)[0]
+    top, left = round((whole.shape[1] - 64) / 2), round((whole.shape[2] - 64) / 2)
+    assert_prepared(model, whole[:, top : top + 64, left : left + 64], HALF, HALF)
+    told = {"mean": HALF, "std": HALF, "views": {"eval_short_side": 100}}
+    model = create("itpn_pico", weights=file_of(tmp_path / "d.safetensors", "detector", told))
+    config = resolve_model_data_config(model)
+    assert (config["input_size"], config["crop_pct"], config["mean"]) == ((3, 96, 96), 0.96, HALF)
+
+
+def test_timm_is_told_of_folders_checkpoints_and_what_a_call_changes(tmp_path):
+    told = {"mean": HALF, "std": HALF, "image_size": [64, 96]}
+    path = file_of(tmp_path / "a.safetensors", "classifier", told)
+    itpn.load(path).save_pretrained(tmp_path / "folder")
+    itpn.load(path, features="stages").save_pretrained(tmp_path / "stages")
+    for source in (tmp_path / "folder", tmp_path / "stages"):
+        for changed in ({}, {"features_only": True}):
+            config = resolve_model_data_config(create("itpn_pico", weights=source, **changed))
+            assert (config["input_size"], config["mean"], config["std"]) == ((3, 64, 96), HALF, HALF)
+    larger = create("itpn_pico", weights=path, img_size=256, pretrained_cfg_overlay={"mean": models.STD})
+    config = resolve_model_data_config(larger)
+    assert (config["input_size"], config["crop_pct"]) == ((3, 256, 256), 1.0)
+    assert (config["mean"], config["std"]) == (models.STD, HALF)
+
+
+def test_timm_takes_the_channels_of_the_file(tmp_path):
+    config = config_of("itpn_pico")
+    model = FeatureModel(replace(config, backbone=replace(config.backbone, in_channels=5)))
+    model.mean, model.std = (0.25,), (0.5,)
+    model.save_pretrained(tmp_path / "five")
+    config = resolve_model_data_config(create("itpn_pico", weights=tmp_path / "five"))
+    assert (config["input_size"], config["mean"], config["std"]) == ((5, 224, 224), (0.25,) * 5, (0.5,) * 5)

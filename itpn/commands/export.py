@@ -156,10 +156,7 @@ def _write(job: Job, size: Size, out: Path) -> None:
 def _save(model: FeatureModel | ClassifierModel, weights: Weights, path: Path) -> None:
     """The part's tensors in the precision that they have there, and what the config says of them."""
     tensors = loading.resampled(weights, model.backbone.config).tensors
-    config = model.file_config()
-    for name in ("input", "objective"):  # they have mean and std
-        if name in weights.config:
-            config[name] = weights.config[name]
+    config = model.file_config() | {"input": model.input_config()}
     files.save(path, {name: tensors[name] for name in model.state_dict()}, config, weights.source)
 
 

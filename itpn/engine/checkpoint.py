@@ -1,7 +1,7 @@
 """Checkpoints: directories of safetensors and JSON, written so that a kill at any moment leaves a whole one.
 
 checkpoints/last                          the step to go on from, as text
-checkpoints/00012000/model.safetensors    state_dict() of the objective; the run's config in its metadata
+checkpoints/00012000/model.safetensors    state_dict() of the objective; the config without paths as metadata
 checkpoints/00012000/optimizer.safetensors
 checkpoints/00012000/state.json           step, progress, config, format, hashes of all three
 """
@@ -45,6 +45,7 @@ def save(
     optimizer: Tensors,
     *,
     config: Mapping[str, Any],
+    portable: Mapping[str, Any],
     progress: Mapping[str, Any],
 ) -> Path:
     """Written beside, fsynced, renamed; only then does `last` move.
@@ -52,6 +53,8 @@ def save(
     Args:
         model: a state dict, from `model_tensors`.
         optimizer: from `optimizer_tensors`.
+        config: the run's, for state.json.
+        portable: the same without what is of this machine alone, for the file of the model.
         progress: what else the run goes on from, as JSON-able values.
 
     Raises:
@@ -61,8 +64,7 @@ def save(
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
-        metadata = {"config": json.dumps(config)}  # one entry: the order of more is random in the file
-        write_tensors(beside / MODEL, model, metadata)
+        write_tensors(beside / MODEL, model, {"config": json.dumps(portable)})
         write_tensors(beside / OPTIMIZER, optimizer)
         hashes = {name: _hash(beside / name) for name in (MODEL, OPTIMIZER)}
         state = {
@@ -214,11 +216,27 @@ def prune(root: Path, step: int, *, keep_last: int, keep_every: int | None) -> N
 
 
 def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
-    """As safetensors, which others may read as far as they may read what else we write."""
+    """Write safetensors: equal tensors and metadata give equal bytes, and others may read the file as far as
+    they may read what else we write."""
     save_file(dict(tensors), path, metadata)
+    _sort_metadata(path)
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the entries of a safetensors file's metadata, which the library writes in random order. The header
+    keeps its length, so that the tensors stay where they are."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+        if metadata := header.get("__metadata__"):
+            header["__metadata__"] = dict(sorted(metadata.items()))
+            text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+            if len(text) <= length:  # never longer than what the library wrote; then the order must do
+                file.seek(8)
+                file.write(text.ljust(length))
 
 
 def write_text(path: Path, text: str) -> None:

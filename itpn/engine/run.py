@@ -33,6 +33,7 @@ class Run:
         free: dotted names of fields and groups of fields that may change while it lasts.
         force: go on whatever else has changed.
         completed: a config, perhaps an earlier version's, in this version's form.
+        portable: the config that files of weights carry, without what is of this machine alone; None: all.
 
     Raises:
         UserError: the directory cannot be written, is in use, or began with another config.
@@ -47,11 +48,13 @@ class Run:
         free: Collection[str] = (),
         force: bool = False,
         completed: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+        portable: Mapping[str, Any] | None = None,
     ) -> None:
         self.directory, self.world, self.force = directory, world, force
         self.is_extended = False
         """Whether the run was finished, and now has a later end."""
         self.config: dict[str, Any] = json.loads(json.dumps(config))
+        self.portable = self.config if portable is None else portable
         self.console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not world.is_main)
         if world.is_main:
             before = self._prepare()

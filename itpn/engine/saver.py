@@ -87,7 +87,15 @@ class Saver:
             root = self.run.checkpoints
             progress = {name: part.state_dict() for name, part in self.progress.items()}
             try:
-                checkpoint.save(root, step, model, optimizer, config=self.run.config, progress=progress)
+                checkpoint.save(
+                    root,
+                    step,
+                    model,
+                    optimizer,
+                    config=self.run.config,
+                    portable=self.run.portable,
+                    progress=progress,
+                )
                 checkpoint.prune(root, step, keep_last=self.keep_last, keep_every=self.keep_every)
             except (OSError, SafetensorError) as error:
                 failed = True

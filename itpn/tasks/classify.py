@@ -147,7 +147,7 @@ class Evaluation(finetuning.Evaluation):
 def portable_config(recipe: Classify, class_names: tuple[str, ...]) -> dict[str, Any]:
     """What the file of a classifier says of itself: the recipe, its classes, and the images it wants."""
     images = {"mean": recipe.finetune.mean, "std": recipe.finetune.std, "image_size": recipe.image_size}
-    return config_of(recipe) | {"classes": list(class_names), "input": images}
+    return config_of(recipe, paths=False) | {"classes": list(class_names), "input": images}
 
 
 def in_precision(

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from safetensors import SafetensorError
 
@@ -75,6 +75,7 @@ def open_run(recipe: Recipe, world: World) -> Run:
         free=FREE,
         force=recipe.loop.force,
         completed=partial(_completed, type(recipe)),
+        portable=config_of(recipe, paths=False),
     )
 
 
@@ -168,9 +169,23 @@ def leaving(path: Path) -> Iterator[None]:
         ) from error
 
 
-def config_of(recipe: Any) -> dict[str, Any]:
-    """A recipe as JSON-able values."""
-    return {name: _plain(value) for name, value in asdict(recipe).items()}
+def config_of(recipe: Any, *, paths: bool = True) -> dict[str, Any]:
+    """A recipe as JSON-able values.
+
+    Args:
+        paths: with its paths, which only this machine has a use for; files of weights go without.
+    """
+    kinds = get_type_hints(type(recipe))
+    return {
+        field.name: _plain(getattr(recipe, field.name), paths)
+        for field in fields(recipe)
+        if paths or not _is_path(kinds[field.name])
+    }
+
+
+def _is_path(kind: Any) -> bool:
+    """Whether a type is that of paths, alone, among others or in a collection."""
+    return kind is Path or any(map(_is_path, get_args(kind)))
 
 
 def _completed(kind: type[Recipe], config: dict[str, Any]) -> dict[str, Any]:
@@ -187,13 +202,15 @@ def _completed(kind: type[Recipe], config: dict[str, Any]) -> dict[str, Any]:
     return config_of(recipe)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, paths: bool) -> Any:
     match value:
         case dict():
-            return {key: _plain(item) for key, item in value.items()}
+            return {key: _plain(item, paths) for key, item in value.items()}
         case list() | tuple():
-            return [_plain(item) for item in value]
+            return [_plain(item, paths) for item in value]
         case Path():
             return str(value)
+        case _ if is_dataclass(value):
+            return config_of(value, paths=paths)
         case _:
             return value

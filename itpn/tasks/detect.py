@@ -146,4 +146,4 @@ def portable_config(recipe: Detect, coco: Coco) -> dict[str, Any]:
     }
     names = [category.name for category in coco.categories]
     ids = [category.id for category in coco.categories]
-    return config_of(recipe) | {"classes": names, "category_ids": ids, "input": images}
+    return config_of(recipe, paths=False) | {"classes": names, "category_ids": ids, "input": images}

@@ -247,7 +247,7 @@ def _finish(recipe: Pretrain, objective: Objective, run: Run, step: int) -> None
     if not run.world.is_main:
         return
     with leaving(run.directory):
-        files.save(path, tensors, config_of(recipe))
+        files.save(path, tensors, config_of(recipe, paths=False))
         loss_curves({recipe.name: [metrics]}, run.pictures / "curves.png")
     run.finish(step)
     run.say(f"finished: {path} holds backbone and pyramid")

@@ -187,7 +187,7 @@ def portable_config(recipe: Segment, class_names: tuple[str, ...]) -> dict[str, 
         "image_size": recipe.image_size,
         "scale": (recipe.data.short, recipe.data.long),
     }
-    return config_of(recipe) | {"classes": list(class_names), "input": images}
+    return config_of(recipe, paths=False) | {"classes": list(class_names), "input": images}
 
 
 def write_report(found: SegmentationScores, directory: Path, warnings: Sequence[str]) -> Path:

@@ -106,6 +106,8 @@ def write_onnx(model: nn.Module, path: Path, images: Tensor, metadata: Mapping[s
             "beforehand"
         ) from error
     assert program is not None
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # where in which file of this machine it was computed
     program.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()})
     program.save(path, external_data=False)
 
@@ -119,6 +121,9 @@ def write_torch(model: nn.Module, path: Path, images: Tensor, metadata: Mapping[
     """
     with torch.no_grad():
         program = torch.export.export(model, (images,), dynamic_shapes=_any_batch())
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # names files of this machine
     whole = io.BytesIO()  # torch's writer ends a full disk in a RuntimeError that shows its stack
     torch.export.save(program, whole, extra_files={"itpn.json": json.dumps(dict(metadata))})
     path.write_bytes(whole.getbuffer())

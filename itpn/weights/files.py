@@ -54,7 +54,7 @@ class Weights:
     path: Path
     tensors: dict[str, Tensor]
     config: dict[str, Any]
-    """The run's whole config, as JSON values."""
+    """The run's config without its paths, as JSON values."""
     source: dict[str, Any] | None = None
     """Of a converted file: name and sha256 of what it was made from, its family, and what was left out."""
 
@@ -77,9 +77,10 @@ class Weights:
         self, mean: tuple[float, ...], std: tuple[float, ...]
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of the images that the weights saw; those given if it does not say."""
-        given = self.config.get("input") or self.config.get("objective") or {}
+        parts = ("input", "objective", "finetune", "detector", "segmenter")
+        given: Any = next(filter(None, map(self.config.get, parts)), {})
         try:
-            return tuple(map(float, given.get("mean", mean))), tuple(map(float, given.get("std", std)))
+            return tuple(map(float, given.get("mean") or mean)), tuple(map(float, given.get("std") or std))
         except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{self.path}: its mean or std are no numbers") from error
 
@@ -169,7 +170,10 @@ def save(
     config: Mapping[str, Any] | None,
     source: Mapping[str, Any] | None = None,
 ) -> None:
-    """Written beside and renamed, so that a file of that name is always whole."""
+    """Write a file of ours: beside and renamed, so that a file of that name is always whole.
+
+    Equal tensors, config and source give equal bytes.
+    """
     beside = path.with_name(f".{path.name}.writing")
     metadata = {"format": "pt"}
     metadata |= {key: json.dumps(value) for key, value in (("config", config), ("source", source)) if value}

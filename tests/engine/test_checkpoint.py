@@ -27,6 +27,7 @@ def save(root: Path, step: int, seed: int = 0) -> Path:
         checkpoint.model_tensors(model),
         checkpoint.optimizer_tensors(optimizer),
         config={"name": "x"},
+        portable={},
         progress={"losses": [0.5]},
     )
 

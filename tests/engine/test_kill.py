@@ -107,7 +107,7 @@ def save(root: Path, step: int) -> None:
     torch.nn.init.constant_(model.weight, step)
     optimizer = adamw(model, AdamWConfig())
     tensors = checkpoint.model_tensors(model), checkpoint.optimizer_tensors(optimizer)
-    checkpoint.save(root, step, *tensors, config={}, progress={})
+    checkpoint.save(root, step, *tensors, config={}, portable={}, progress={})
 
 
 def weight(root: Path, step: int | None) -> float:

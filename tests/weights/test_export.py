@@ -151,7 +151,7 @@ def test_mean_and_std_travel_along(tmp_path):
     for metadata in (
         in_onnx,
         json.loads(extra["itpn.json"]),
-        files.read(outs["safetensors"]).config["objective"],
+        files.read(outs["safetensors"]).config["input"],
     ):
         assert (metadata["mean"], metadata["std"]) == ([0.5, 0.4, 0.3], [0.1, 0.2, 0.3])
     assert in_onnx["part"] == "pyramid" and in_onnx["image_size"] == [64, 64]
