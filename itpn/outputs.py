@@ -18,6 +18,12 @@ from typing import TextIO
 from itpn.errors import UserError
 
 MANIFEST = ".itpn-outputs"
+RUN_FILES = (
+    *("config.json", "run.json", "metrics.jsonl", "speed.jsonl", "bad_images.jsonl", "report.json"),
+    *("pretrained.safetensors", "best.safetensors", "last.safetensors"),
+    *("checkpoints", "pictures", "replay", "tensorboard"),
+)
+"""What a training run writes in its directory, besides its lock."""
 LONGEST = 200
 """Bytes of a name that is made from an input's: a number, an ending and 55 bytes fit behind it."""
 

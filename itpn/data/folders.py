@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from itpn.data.kinds import ENDINGS, kind_of_file
 from itpn.data.source import SUFFIXES
 from itpn.errors import UserError, printable
-from itpn.outputs import MANIFEST, is_run, outputs_among
+from itpn.outputs import MANIFEST, RUN_FILES, is_run, outputs_among
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -124,8 +124,12 @@ def walk(root: Path, left_out: LeftOut | None = None) -> Iterator[str]:
         with os.scandir(root / folder) as entries:
             found = {entry.name: entry for entry in entries}
         if left_out is not None and "run.json" in found and is_run(root / folder):
-            left_out.ours.append(folder or "./")
-            continue
+            if folder:
+                left_out.ours.append(folder)
+                continue
+            written = [name for name in (*RUN_FILES, "lock") if name in found]  # a run among its data
+            left_out.ours += written
+            found = {name: entry for name, entry in found.items() if name not in written}
         if left_out is not None and MANIFEST in found:
             written = sorted(outputs_among(root / folder, [name for name in found if _has_suffix(name)]))
             left_out.ours += [f"{folder}{name}" for name in written]

@@ -14,14 +14,8 @@ from itpn.engine import checkpoint
 from itpn.engine.checkpoint import write_text
 from itpn.engine.distributed import World
 from itpn.errors import UserError, printable
-from itpn.outputs import is_run
+from itpn.outputs import RUN_FILES, is_run
 
-FILES = (
-    *("config.json", "run.json", "metrics.jsonl", "speed.jsonl", "bad_images.jsonl", "report.json"),
-    *("pretrained.safetensors", "best.safetensors", "last.safetensors"),
-    *("checkpoints", "pictures", "replay", "tensorboard"),
-)
-"""What a run writes in its directory, besides its lock."""
 ENDS = ("loop.epochs", "loop.iterations")
 
 
@@ -169,7 +163,7 @@ class Run:
     def _prepare(self) -> Any:
         """Makes the directory ours; the config that it holds."""
         path = self.directory / "config.json"
-        if not is_run(self.directory) and (found := next(filter(self._holds, FILES), None)):
+        if not is_run(self.directory) and (found := next(filter(self._holds, RUN_FILES), None)):
             raise UserError(
                 f"{self.directory} is no run directory, and its {found} would be replaced: name another with "
                 "--run-dir"

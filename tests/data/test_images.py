@@ -73,7 +73,16 @@ def test_run_directories_are_not_data(tmp_path: Path) -> None:
     images = find_images(tmp_path)
     assert images.class_names == ("cat", "dog") and images.fingerprint == before.fingerprint
     assert images.description == f"{before.description}; 1 left out that itpn wrote (runs/x/)"
-    assert "itpn wrote (./)" in error_of(tmp_path / "runs" / "x")
+
+
+def test_a_run_directory_that_is_the_data_folder_keeps_its_images(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/a.jpg", "dog/b.jpg", "c.jpg")
+    before = all_names(tmp_path)
+    touch(tmp_path, "run.json", "metrics.jsonl", "lock", "checkpoints/last", "pictures/curves.png")
+    assert all_names(tmp_path) == before
+    for path in tmp_path.glob("**/*.jpg"):
+        path.unlink()
+    assert "holds no image; 5 left out that itpn wrote (run.json, " in error_of(tmp_path)
 
 
 def test_folders_that_only_resemble_a_run_are_data(tmp_path: Path) -> None:
