@@ -123,7 +123,10 @@ class Interlude:
 
     every: int
     call: Callable[[float, int], Mapping[str, float | Image]]
-    """(epochs, steps) that are done to named numbers and pictures, which are logged."""
+    """(epochs, steps) that are done to named numbers and pictures, which are logged. Each rank has the whole
+    model and may call it as often as it likes."""
+    keep: Callable[[float, int], None] = lambda epoch, step: None
+    """Called afterwards, when a sharded model is in shards again: the ranks may gather it together."""
 
 
 def train(
@@ -379,6 +382,8 @@ class Training:
             with whole(self.objective), interruption.at_once(), eager:
                 for task in due:
                     self.log.write(step, task.call(step / self.steps_per_epoch, step))
+            for task in due:
+                task.keep(step / self.steps_per_epoch, step)
             self.objective.train()
             if self.world.largest(len(self.bad.fresh))[0]:
                 self.bad.share(step, step * self.loop.batch_size)

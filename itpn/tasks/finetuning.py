@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from itpn.data.loader import steps_per_epoch
 from itpn.data.source import Images
 from itpn.engine.bad_files import BadFiles
+from itpn.engine.distributed import World
 from itpn.engine.loop import Interlude, train
 from itpn.engine.run import Run
 from itpn.errors import UserError
@@ -80,15 +81,17 @@ class Evaluation(ABC):
         self.name, self.run = recipe.name, run
         self.bad = BadFiles(run, len(images), recipe.data.max_bad_share)
         self.num_steps = recipe.loop.num_steps(steps_per_epoch(len(images), recipe.loop.batch_size))
-        self.kept = Kept(run.directory, next(iter(self.NAMES)), self.num_steps)
+        self.kept = Kept(run.directory, next(iter(self.NAMES)), self.num_steps, run.world)
+        self.numbers: dict[str, float] = {}
 
     def __call__(self, epoch: float, step: int) -> dict[str, float]:
-        if step == 0:  # a head that has learned nothing says nothing
-            return {}
-        numbers = self.measure()
-        if self.run.world.is_main:
-            self.kept.offer(self.model, self.portable_config, epoch, step, numbers)
-        return numbers
+        self.numbers = self.measure() if step else {}  # a head that has learned nothing says nothing
+        return self.numbers
+
+    def keep(self, epoch: float, step: int) -> None:
+        """Keep what was measured last if it is the best or the last; all ranks take part."""
+        if step:
+            self.kept.offer(self.model, self.portable_config, epoch, step, self.numbers)
 
     def picture(self, epoch: float, step: int) -> dict[str, Image]:
         """What the model says of a few images, where there is something to look at while it learns."""
@@ -162,7 +165,7 @@ def fine_tune(
         run=run,
         bad=evaluation.bad,
         interludes=[
-            Interlude(recipe.eval_every or evaluation.num_steps, evaluation),
+            Interlude(recipe.eval_every or evaluation.num_steps, evaluation, evaluation.keep),
             Interlude(recipe.loop.picture_every, evaluation.picture),
         ],
         lr_scales=lr_scales(trained, recipe.model.backbone.shape.depths, recipe.layer_decay),
@@ -183,8 +186,8 @@ class Kept:
         last_step: of the whole run.
     """
 
-    def __init__(self, directory: Path, key: str, last_step: int) -> None:
-        self.directory, self.key, self.last_step = directory, key, last_step
+    def __init__(self, directory: Path, key: str, last_step: int, world: World) -> None:
+        self.directory, self.key, self.last_step, self.world = directory, key, last_step, world
 
     def offer(
         self,
@@ -196,15 +199,25 @@ class Kept:
     ) -> None:
         """Keeps the model where it is better than those before, and at the last step.
 
-        Without the number that decides, any model is better than none, and a later one than an earlier one.
+        Rank 0, which has the numbers, decides; all ranks gather the weights. Without the number that decides,
+        any model is better than none, and a later one than an earlier one.
         """
         measured = {"epoch": epoch, **numbers}
+        is_best, is_last = self.world.largest(
+            self.world.is_main and self._is_best(measured), step == self.last_step
+        )
+        if not (is_best or is_last):
+            return
+        tensors = files.portable(model, keep=self.world.is_main)
+        if self.world.is_main:
+            for name in [BEST] * bool(is_best) + [LAST] * bool(is_last):
+                with leaving(self.directory / name):
+                    files.save(self.directory / name, tensors, {**config, "measured": measured})
+
+    def _is_best(self, measured: Mapping[str, Any]) -> bool:
         before = self.best
         better = self.key not in before or measured.get(self.key, -math.inf) > before[self.key]
-        if better or before["epoch"] >= epoch:  # a later one is of a future that was gone back from
-            self._save(BEST, model, {**config, "measured": measured})
-        if step == self.last_step:
-            self._save(LAST, model, {**config, "measured": measured})
+        return better or before["epoch"] >= measured["epoch"]  # a later one is of a future gone back from
 
     @property
     def best(self) -> dict[str, Any]:
@@ -212,8 +225,3 @@ class Kept:
         weights = files.read_if_ours(self.directory / BEST)
         measured: dict[str, Any] = weights.config.get("measured", {}) if weights else {}
         return measured
-
-    def _save(self, name: str, model: nn.Module, config: Mapping[str, Any]) -> None:
-        tensors = {key: tensor.cpu() for key, tensor in files.portable(model).items()}
-        with leaving(self.directory / name):
-            files.save(self.directory / name, tensors, config)
