@@ -10,7 +10,9 @@ import numpy as np
 from PIL import Image
 
 from itpn.data.check import LabelLook, Look, Tally, look, sampled
+from itpn.data.check_objects import ObjectTally
 from itpn.data.class_counts import ClassCounts
+from itpn.data.coco import Coco
 from itpn.data.labelled import LabelledImages
 from itpn.data.labels import CONVERT, MAX_CLASSES, read_stored
 from itpn.data.picture import FORMATS, BadImageError, Size, orientation
@@ -68,6 +70,8 @@ class LabelTally(Tally):
 
 def tally_of(images: Images) -> Tally:
     """An empty tally of the kind that the images need."""
+    if isinstance(images, Coco):
+        return ObjectTally(images)
     return LabelTally(images) if isinstance(images, LabelledImages) else Tally(images)
 
 

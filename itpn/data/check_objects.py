@@ -6,22 +6,45 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from itpn.data.coco import Coco, Finding
+from itpn.data.check import Tally
+from itpn.data.coco import OTHER_SIZE, Coco, Finding
+from itpn.data.folders import some
 from itpn.errors import printable
 
 SMALL, MEDIUM = 32**2, 96**2
 """Areas in pixels at which COCO's small objects end and its large ones begin."""
 
 
+class ObjectTally(Tally):
+    """What is known of the images with objects of one split so far."""
+
+    def __init__(self, images: Coco) -> None:
+        super().__init__(images)
+        self.coco = images
+
+    def warnings(self) -> Iterator[str]:
+        yield from super().warnings()
+        counts = np.bincount(
+            self.coco.objects.labels[~self.coco.objects.crowd], minlength=len(self.coco.categories)
+        )
+        unseen = [self.coco.categories[label].name for label in np.flatnonzero(counts == 0)]
+        if unseen:
+            yield (
+                f"{len(unseen):,} of {len(counts):,} classes have no object here: {some(unseen)}; annotate "
+                "some, or remove the classes from 'categories'"
+            )
+        other = [index for index, reason in self.bad.items() if OTHER_SIZE in reason]
+        if len(other) > (len(self.bad) + self.num_read) / 2:
+            yield (
+                f"{len(other):,} of {len(self.bad) + self.num_read:,} images have another size than "
+                f"{self.coco.file} says, such as {self.coco.names[other[0]]}: {self.bad[other[0]]}; if they "
+                "were scaled or turned, take those that were annotated; if not, correct width and height"
+            )
+
+
 def described(finding: Finding) -> str:
     """In one line."""
-    name = (
-        f"annotation {finding.annotation}"
-        if finding.annotation
-        else f"entry {finding.place} of 'annotations'"
-    )
-    where = f" ({finding.image})" if finding.image else ""
-    return f"{name}{where}: {finding.reason}; {'left out' if finding.left_out else 'kept'}"
+    return f"{finding.where}: {finding.reason}; {'left out' if finding.left_out else 'kept'}"
 
 
 def summary(coco: Coco) -> Iterator[str]:
@@ -62,5 +85,5 @@ def _alike(reasons: Sequence[str], what: str) -> Iterator[str]:
         kinds[re.sub(r"-?\d[\d,.e+-]*|'[^']*'?|\[[^\]]*\]?", "…", reason)].append(reason)
     if kinds:
         yield f"{len(reasons):,} {what}:"
-    for kind, some in sorted(kinds.items(), key=lambda item: -len(item[1])):
-        yield f"  {len(some):,} {printable(some[0] if len({*some}) == 1 else kind)}"
+    for kind, alike in sorted(kinds.items(), key=lambda item: -len(item[1])):
+        yield f"  {len(alike):,} {printable(alike[0] if len({*alike}) == 1 else kind)}"

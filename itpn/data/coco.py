@@ -17,6 +17,8 @@ from itpn.data.source import Blobs, Names
 from itpn.errors import UserError
 
 Array = NDArray[Any]
+OTHER_SIZE = "but its annotations are for"
+"""In the reason why an image of another size than its annotations cannot be used."""
 
 
 class Category(NamedTuple):
@@ -36,6 +38,11 @@ class Finding(NamedTuple):
     reason: str
     """Begins with the field."""
     left_out: bool
+
+    @property
+    def where(self) -> str:
+        name = f"annotation {self.annotation}" if self.annotation else f"entry {self.place} of 'annotations'"
+        return f"{name} ({self.image})" if self.image else name
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -130,8 +137,7 @@ class Coco(ImageList):
             turned = "; was it turned after it was annotated?" if size == stated[::-1] else ""
             raise BadImageError(
                 self.name(index),
-                f"{size[1]:,} x {size[0]:,} pixels, but its annotations are for {stated[1]:,} x {stated[0]:,}"
-                + turned,
+                f"{size[1]:,} x {size[0]:,} pixels, {OTHER_SIZE} {stated[1]:,} x {stated[0]:,}" + turned,
             )
 
     def of_images(self, images: Array, what: str) -> "Coco":

@@ -1,7 +1,10 @@
 """The entries of a COCO file, checked field by field; ValueError says what is wrong with one."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeGuard
 
 from itpn.data.masks import HUGE, Outline, Region, checked, packed, region_of
 from itpn.data.picture import Size
@@ -15,6 +18,12 @@ ALIKE = 0.5
 """Least intersection over union of an object's box and the box around its mask."""
 
 
+Id = int | str
+"""What an image or a category is told from others by."""
+
+_WHOLE = re.compile("-?[0-9]{1,40}")
+
+
 class Frame(NamedTuple):
     """An image, without its pixels."""
 
@@ -26,6 +35,7 @@ class Frame(NamedTuple):
 
 class Annotation(NamedTuple):
     id: int
+    """-1 where it has none that is a number of 64 bits."""
     image: int
     """The index of its image."""
     label: int
@@ -43,8 +53,40 @@ def fields_of(entry: object) -> Entry:
     return entry
 
 
-def whole(entry: Entry, field: str, low: int = -(1 << 63), high: int = (1 << 63) - 1) -> int:
+def ident(entry: Entry, field: str) -> Id:
+    """An id, which only has to equal others: a whole number, also one written as text, or another text."""
     value = entry.get(field)
+    if type(value) is float and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and _WHOLE.fullmatch(value):
+        return int(value)
+    if type(value) is int or (isinstance(value, str) and value):
+        return value
+    raise ValueError(f"{field}: " + (f"{brief(value)} is no id" if field in entry else "it is missing"))
+
+
+def id_in(entry: Entry) -> Id | None:
+    """An annotation's own id, which it can do without."""
+    with suppress(ValueError):
+        return ident(entry, "id")
+    return None
+
+
+def is_number(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number of 64 bits."""
+    return type(value) is int and -(1 << 63) <= value < 1 << 63
+
+
+def numbered(ids: Sequence[Id]) -> list[int]:
+    """The ids themselves, if all are whole numbers of 64 bits; else their places, counted from 1."""
+    numbers = [number for number in ids if is_number(number)]
+    return numbers if len(numbers) == len(ids) else [*range(1, len(ids) + 1)]
+
+
+def whole(entry: Entry, field: str, low: int, high: int) -> int:
+    value = entry.get(field)
+    if isinstance(value, str) and _WHOLE.fullmatch(value):
+        value = int(value)
     if type(value) is float and value.is_integer():
         value = int(value)
     if type(value) is not int:
@@ -55,49 +97,102 @@ def whole(entry: Entry, field: str, low: int = -(1 << 63), high: int = (1 << 63)
 
 
 def text(entry: Entry, field: str) -> str:
+    """A text, or a number as one."""
     value = entry.get(field)
-    if not isinstance(value, str) or not value:
+    if type(value) is int:
+        return str(value)
+    try:
+        is_text = isinstance(value, str) and bool(os.fsencode(value))
+    except UnicodeEncodeError:  # half of a character
+        is_text = False
+    if not is_text:
         raise ValueError(f"{field}: {brief(value)} is not a text")
-    return value
+    return str(value)
 
 
-def annotation(
-    entry: Entry, frames: Mapping[int, Frame], labels: Mapping[int, int]
-) -> tuple[Annotation, str]:
+def annotation(entry: Entry, frames: Mapping[Id, Frame], labels: Mapping[Id, int]) -> tuple[Annotation, str]:
     """One that can be used, and what is odd about it all the same, if anything.
 
     Args:
-        labels: By category id.
+        frames, labels: By the ids of images and of categories.
     """
-    number, image, category = (whole(entry, field) for field in ("id", "image_id", "category_id"))
+    image, category = ident(entry, "image_id"), ident(entry, "category_id")
     if image not in frames:
-        raise ValueError("image_id: no such image")
+        raise ValueError(f"image_id: no such image, {brief(image)}")
     if category not in labels:
-        raise ValueError("category_id: no such category")
-    crowd = entry.get("iscrowd", 0)
-    if crowd not in (0, 1):
+        raise ValueError(f"category_id: no such category, {brief(category)}")
+    crowd = entry.get("iscrowd") or 0
+    if crowd not in (0, 1, "0", "1"):
         raise ValueError(f"iscrowd: {brief(crowd)} is neither 0 nor 1")
     frame = frames[image]
-    box = _box(entry.get("bbox"), frame.size)
+    outline, odd = outline_in(entry, frame.size)
+    is_without_box = outline is not None and not entry.get("bbox")
+    box = _box_around(outline, frame.size) if outline is not None and is_without_box else box_in(entry)
+    odd = _oddity(box, outline, frame.size) or odd
+    area = area_in(entry)
+    number = id_in(entry)
+    found = Annotation(
+        id=number if is_number(number) else -1,
+        image=frame.place,
+        label=labels[category],
+        box=box,
+        area=box[2] * box[3] if area is None else area,
+        crowd=bool(int(crowd)),
+        mask=packed(outline),
+    )
+    return found, odd
+
+
+def outline_in(entry: Entry, size: Size) -> tuple[Outline | None, str]:
+    """The mask, and what is left out of it."""
     try:
-        outline = checked(entry.get("segmentation"), frame.size)
+        outline, odd = checked(entry.get("segmentation"), size)
     except ValueError as error:
         raise ValueError(f"segmentation: {error}") from error
-    odd = _oddity(box, outline, frame.size)
-    area = _number(entry["area"], "area") if "area" in entry else box[2] * box[3]
-    if area < 0:
+    return outline, odd and f"segmentation: {odd}"
+
+
+def area_in(entry: Entry) -> float | None:
+    area = None if entry.get("area") is None else _number(entry["area"], "area")
+    if area is not None and area < 0:
         raise ValueError("area: it is below 0")
-    label, mask = labels[category], packed(outline)
-    return Annotation(number, frame.place, label, box, area, bool(crowd), mask), odd
+    return area
+
+
+def box_in(entry: Entry) -> Region:
+    """x, y, width and height as they are written."""
+    value = entry.get("bbox")
+    if not value and not entry.get("segmentation"):
+        raise ValueError(
+            f"bbox: {brief(value)}, and there is no segmentation to tell it; add x, y, width, height"
+        )
+    if not isinstance(value, list) or len(value) != 4:
+        turned = "; of a turned box, write the upright one around it" if isinstance(value, list) else ""
+        raise ValueError(f"bbox: {brief(value)} is not x, y, width, height{turned}")
+    x, y, width, height = (_number(part, "bbox") for part in value)
+    return x, y, width, height
+
+
+def _box_around(outline: Outline, size: Size) -> Region:
+    x, y, right, bottom = region_of(outline, size)
+    return x, y, right - x, bottom - y
 
 
 def _oddity(box: Region, outline: Outline | None, size: Size) -> str:
     x, y, width, height = box
+    if width <= 0 or height <= 0:
+        raise ValueError("bbox: width or height is not above 0")
+    if x >= size[1] or y >= size[0] or x + width <= 0 or y + height <= 0:
+        raise ValueError("bbox: it lies outside the image")
+    if max(-x, x + width) > 4 * size[1] or max(-y, y + height) > 4 * size[0]:
+        raise ValueError("bbox: it reaches outside the image by several times its size")
     common = 1.0 if outline is None else _overlap((x, y, x + width, y + height), region_of(outline, size))
     if common == 0:
         raise ValueError("bbox: it does not meet the segmentation")
     if common < ALIKE:
         return f"bbox: it is not the segmentation's, intersection over union below {ALIKE}"
+    if x + width <= 1 and y + height <= 1 < min(size):
+        return "bbox: it lies within a single pixel, as shares of an image do, which are no pixels"
     beyond = -min(x, y, size[1] - x - width, size[0] - y - height)
     return "bbox: it reaches outside the image" if beyond > BEYOND else ""
 
@@ -109,20 +204,10 @@ def _overlap(one: Region, other: Region) -> float:
     return across * down / (sum(areas) - across * down)
 
 
-def _box(value: object, size: Size) -> Region:
-    if not isinstance(value, list) or len(value) != 4:
-        raise ValueError(f"bbox: {brief(value)} is not x, y, width, height")
-    x, y, width, height = (_number(part, "bbox") for part in value)
-    if width <= 0 or height <= 0:
-        raise ValueError("bbox: width or height is not above 0")
-    if x >= size[1] or y >= size[0] or x + width <= 0 or y + height <= 0:
-        raise ValueError("bbox: it lies outside the image")
-    if max(-x, x + width) > 4 * size[1] or max(-y, y + height) > 4 * size[0]:
-        raise ValueError("bbox: it reaches outside the image by several times its size")
-    return x, y, width, height
-
-
 def _number(value: object, field: str) -> float:
+    if isinstance(value, str) and len(value) <= 40:
+        with suppress(ValueError):
+            value = float(value)
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError(f"{field}: {brief(value)} is not a number")
     if not abs(value) < HUGE:

@@ -1,27 +1,38 @@
 """Reading COCO's `instances_*.json`: a file that is wrong is an error, a bad annotation is left out."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from itpn.data.coco import Category, Coco, Finding, Objects
-from itpn.data.coco_entries import Annotation, Entry, Frame, annotation, brief, fields_of, text, whole
+from itpn.data.coco_entries import (
+    Annotation,
+    Entry,
+    Frame,
+    Id,
+    annotation,
+    brief,
+    fields_of,
+    id_in,
+    ident,
+    numbered,
+    text,
+)
+from itpn.data.coco_images import Frames, frames_in, naming
+from itpn.data.coco_json import list_in, read_json, what_it_is
+from itpn.data.coco_units import check_units
 from itpn.data.folders import Split
 from itpn.data.source import Blobs, Names
 from itpn.errors import UserError
 
-MAX_JSON_BYTES = 1 << 33
-"""The longest file that is read; it takes about six times as much memory meanwhile."""
-
 MAX_OBJECTS = 10_000
 """In an image; their masks are cut out together, a hundredth of a megabyte each."""
 
-MAX_SIDE = 1 << 31
-"""Of an image, in pixels."""
+SOME = 0.01
+"""Share of annotations that are odd and kept, from which on they are warned of."""
 
 
 def places(root: Path, split: Split) -> tuple[Path, Path]:
@@ -53,19 +64,20 @@ def read_coco(file: Path, folder: Path) -> Coco:
     """The annotations of the images in a folder.
 
     Raises:
-        UserError: The file cannot be read, is no such file, names an image or category twice or in an
-            impossible way, or none of its images is in the folder; or no annotation can be used.
+        UserError: The file cannot be read, is no such file, names two images or categories alike or in an
+            impossible way, or none of its images is in the folder; or no annotation can be used, or most
+            boxes are in other units.
     """
-    content = _read_json(file)
-    frames, categories = _frames(file, content), _categories(file, content)
-    names = [frame.name for frame in frames.values()]
-    if not any((folder / name).is_file() for name in names):
-        raise UserError(f"none of the images of {file} is in {folder}, such as {names[0]}; name their folder")
-    entries = _list(file, content, "annotations")
-    used, findings = _annotations(entries, frames, categories)
+    content = read_json(file)
+    frames = frames_in(file, list_in(file, content, "images"), folder)
+    categories, labels = _categories(file, list_in(file, content, "categories"))
+    entries = list_in(file, content, "annotations")
+    units = check_units(file, entries, frames.by_id)
+    used, findings = _annotations(entries, frames.by_id, labels)
     if entries and not used:
         reason = f"entry {findings[0].place} of 'annotations': {findings[0].reason}"
-        raise UserError(f"{file}: no annotation can be used; {reason}; name an instances file")
+        raise UserError(f"{file}: no annotation can be used; {reason}; {what_it_is(entries[0])}")
+    names = [frame.name for frame in frames.each]
     most, count = Counter(found.image for found in used).most_common(1)[0] if used else (0, 0)
     if count > MAX_OBJECTS:
         raise UserError(
@@ -76,119 +88,93 @@ def read_coco(file: Path, folder: Path) -> Coco:
         names=Names(names),
         labels=None,
         class_names=None,
-        description=_description(file, len(names), len(categories), used, findings),
+        description=_description(file, frames, len(categories), used, findings),
+        notes=(*frames.notes, *units, *_notes(findings, len(entries))),
         file=file,
-        image_ids=np.array(list(frames), np.int64),
-        sizes=np.array([frame.size for frame in frames.values()], np.int64),
+        image_ids=np.array(numbered(frames.ids), np.int64),
+        sizes=np.array([frame.size for frame in frames.each], np.int64),
         categories=categories,
-        objects=_packed(used, len(frames)),
+        objects=_packed(used, len(names)),
         num_annotations=len(entries),
         findings=tuple(findings),
     )
 
 
 def _description(
-    file: Path, num_images: int, num_classes: int, used: Sequence[Annotation], findings: Sequence[Finding]
+    file: Path, frames: Frames, num_classes: int, used: Sequence[Annotation], findings: Sequence[Finding]
 ) -> str:
     num_crowds = sum(found.crowd for found in used)
-    parts = [f"{num_images:,} images with {len(used) - num_crowds:,} objects of {num_classes:,} classes"]
-    parts += [f"and {num_crowds:,} crowds"] * bool(num_crowds)
-    num_left_out = sum(finding.left_out for finding in findings)
-    said = f"{num_left_out:,} annotations left out and {len(findings) - num_left_out:,} odd ones kept"
-    return (
-        " ".join(parts) + f" in {file}" + (f"; {said}: see itpn check-data --format coco" if findings else "")
+    said = (
+        f"{len(frames.each):,} images with {len(used) - num_crowds:,} objects of {num_classes:,} classes"
+        + f" and {num_crowds:,} crowds" * bool(num_crowds)
+        + f" in {file}"
     )
+    if findings:
+        num_left_out = sum(finding.left_out for finding in findings)
+        said += f"; {num_left_out:,} annotations left out and {len(findings) - num_left_out:,} odd ones kept"
+        said += ": see itpn check-data --format coco"
+    if numbered(frames.ids) != frames.ids:
+        said += "; ids of images are no numbers of 64 bits, and results count images from 1, as in the file"
+    return said
 
 
-def _read_json(file: Path) -> Mapping[str, Any]:
-    try:
-        num_bytes = file.stat().st_size
-        content = json.loads(file.read_bytes()) if num_bytes <= MAX_JSON_BYTES else None
-    except OSError as error:
-        raise UserError(
-            f"cannot read {file}: {error.strerror}; check the path and its permissions"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON: {error}; write or download it again") from error
-    if num_bytes > MAX_JSON_BYTES:
-        raise UserError(
-            f"{file}: {num_bytes:,} bytes are more than the limit of {MAX_JSON_BYTES:,}; split it"
-        )
-    if isinstance(content, list):
-        raise UserError(f"{file} is a list, as files of detections are; name the file of annotations")
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no object with images, annotations and categories")
-    return content
+def _notes(findings: Sequence[Finding], num: int) -> list[str]:
+    """What to say of bad and of odd annotations."""
+    notes = []
+    for left_out, what, least in (
+        (True, "cannot be used and are left out", 0.0),
+        (False, "are odd and kept", SOME),
+    ):
+        some = [finding for finding in findings if finding.left_out == left_out]
+        if len(some) > least * num:
+            first = f"{some[0].where}: {some[0].reason}"
+            notes.append(f"{len(some):,} of {num:,} annotations {what}, such as {first}; correct them")
+    return notes
 
 
-def _list(file: Path, content: Mapping[str, Any], name: str) -> Sequence[object]:
-    entries = content.get(name)
-    if not isinstance(entries, list):
-        found = ", ".join(brief(key) for key in list(content)[:5]) or "nothing"
-        raise UserError(f"{file} has no list {name!r}, but {found}; name a COCO instances file")
-    return entries
+def _categories(file: Path, entries: Sequence[object]) -> tuple[tuple[Category, ...], dict[Id, int]]:
+    """In the order of their ids, and their labels by these and by names that are no ids.
 
-
-def _frames(file: Path, content: Mapping[str, Any]) -> dict[int, Frame]:
-    """The images by their ids, in the order of the file."""
-    frames: dict[int, Frame] = {}
-    for place, entry in enumerate(_list(file, content, "images")):
-        try:
+    Raises:
+        UserError: An entry is wrong, or there is none.
+    """
+    names: dict[Id, str] = {}
+    for place, entry in enumerate(entries):
+        with naming(file, place, "categories"):
             fields = fields_of(entry)
-            number, name = whole(fields, "id"), text(fields, "file_name")
-            size = whole(fields, "height", 1, MAX_SIDE), whole(fields, "width", 1, MAX_SIDE)
-            if number in frames:
-                raise ValueError(f"id {number} is that of another image, {frames[number].name}")
-        except ValueError as error:
-            raise UserError(f"{file}: entry {place} of 'images': {error}; correct it") from error
-        frames[number] = Frame(len(frames), name, size)
-    if not frames:
-        raise UserError(f"{file} has no images; name another file")
-    return frames
-
-
-def _categories(file: Path, content: Mapping[str, Any]) -> tuple[Category, ...]:
-    """In the order of their ids."""
-    categories: dict[int, Category] = {}
-    for place, entry in enumerate(_list(file, content, "categories")):
-        try:
-            fields = fields_of(entry)
-            number, name = whole(fields, "id"), text(fields, "name")
-            if number in categories:
-                raise ValueError(f"id {number} is that of another category, {categories[number].name}")
-        except ValueError as error:
-            raise UserError(f"{file}: entry {place} of 'categories': {error}; correct it") from error
-        categories[number] = Category(number, name)
-    if not categories:
+            number, name = ident(fields, "id"), text(fields, "name")
+            if number in names:
+                raise ValueError(f"id {number} is that of another category, {names[number]}")
+        names[number] = name
+    if not names:
         raise UserError(f"{file} has no categories, and objects must be of some; add them")
-    return tuple(categories[number] for number in sorted(categories))
-
-
-def _frame(entry: Entry, frames: Mapping[int, Frame]) -> Frame | None:
-    number = entry.get("image_id")
-    return frames.get(number) if type(number) is int else None
+    are_numbers = all(isinstance(number, int) for number in names)
+    ids = sorted(names, key=lambda number: (number if are_numbers else 0, str(number)))
+    categories = tuple(map(Category, numbered(ids), [names[number] for number in ids]))
+    counts = Counter(names.values())
+    by_name = {names[number]: label for label, number in enumerate(ids) if counts[names[number]] == 1}
+    return categories, by_name | {number: label for label, number in enumerate(ids)}
 
 
 def _annotations(
-    entries: Sequence[object], frames: Mapping[int, Frame], categories: Sequence[Category]
+    entries: Sequence[object], frames: Mapping[Id, Frame], labels: Mapping[Id, int]
 ) -> tuple[list[Annotation], list[Finding]]:
     """Those that can be used, and what is odd about these and about the others."""
-    labels = {category.id: label for label, category in enumerate(categories)}
-    by_id: dict[int, Annotation] = {}
+    by_id: dict[Id, Annotation] = {}
     findings = []
     used = []
     for place, entry in enumerate(entries):
         name = image = ""
         try:
             fields = fields_of(entry)
-            number, frame = fields.get("id"), _frame(fields, frames)
-            name, image = brief(number) if type(number) is int else "", frame.name if frame else ""
+            number = id_in(fields)
+            name, image = "" if number is None else brief(number), _image(fields, frames)
             found, odd = annotation(fields, frames, labels)
-            earlier = by_id.setdefault(found.id, found)
+            earlier = found if number is None else by_id.setdefault(number, found)
             if found is not earlier:
                 if found == earlier:
                     raise ValueError("id: an exact copy of an earlier annotation")
-                odd = "id: that of an earlier annotation"
+                odd = odd or "id: that of an earlier annotation"
         except ValueError as error:
             findings.append(Finding(place, name, image, str(error), left_out=True))
             continue
@@ -196,6 +182,14 @@ def _annotations(
         if odd:
             findings.append(Finding(place, name, image, odd, left_out=False))
     return used, findings
+
+
+def _image(entry: Entry, frames: Mapping[Id, Frame]) -> str:
+    """The name of an annotation's image; empty where there is none."""
+    with suppress(ValueError):
+        if frame := frames.get(ident(entry, "image_id")):
+            return frame.name
+    return ""
 
 
 def _packed(annotations: Sequence[Annotation], num_images: int) -> Objects:

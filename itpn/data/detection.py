@@ -1,7 +1,7 @@
 """Batches of images with objects, for training detectors and for evaluating them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from itpn.data.coco import Coco, check_categories
 from itpn.data.coco_file import find_coco, places
+from itpn.data.coco_names import located
 from itpn.data.folders import Split
 from itpn.data.grouping import GroupedEpochs
 from itpn.data.loader import BadImages, Batch, Draw, Loaded, MicroBatches, Samples, load
@@ -73,14 +74,35 @@ def find_splits(config: DetectionDataConfig, val_share: float) -> tuple[Coco, Co
     if has_validation(config):
         train, val = find_objects(config, "train"), find_objects(config, "val")
         check_categories(train, val)
-        return train, val
+        return _with_shared(train, val), val
     coco = _all_to_train_on(config)
     ours, theirs = hold_out(coco, val_share, seed=0)
     train, val = (
         coco.of_images(some.indices, f"of {coco.description}, {note}")
         for some, note in ((ours, "to train on"), (theirs, "held out for validation"))
     )
-    return train if config.empty_images else train.with_objects(), val
+    if not train.objects.counts().any():
+        raise UserError(
+            f"all images with objects of {coco.file} are held out for validation; annotate more images, or "
+            "name others to validate on: --data.val-images, --data.val-annotations"
+        )
+    return train if config.empty_images else train.with_objects(), replace(val, notes=())
+
+
+def _with_shared(train: Coco, val: Coco) -> Coco:
+    """The images to train on, with a note if some of them are validated on as well."""
+    ours, theirs = (
+        {real for _, real in located(coco.root, [coco.names[i] for i in range(len(coco))])}
+        for coco in (train, val)
+    )
+    both = sorted((ours & theirs) - {""})
+    if not both:
+        return train
+    note = (
+        f"{len(both):,} images of {train.file} are in {val.file}, too, such as {both[0]}, so that a "
+        "validation says nothing of new images; list each in one of the two"
+    )
+    return replace(train, notes=(*train.notes, note))
 
 
 def find_validation(config: DetectionDataConfig, val_share: float) -> Coco:
@@ -103,12 +125,15 @@ def find_objects(config: DetectionDataConfig, split: Split) -> Coco:
 def _all_to_train_on(config: DetectionDataConfig) -> Coco:
     """Those without objects, too."""
     coco = _read(config, "train", config.train_images, config.train_annotations)
-    num_bad = sum(finding.left_out for finding in coco.findings)
-    if num_bad > config.max_bad_share * coco.num_annotations:
+    bad = [finding for finding in coco.findings if finding.left_out]
+    if len(bad) > config.max_bad_share * coco.num_annotations:
         raise UserError(
-            f"{num_bad:,} of {coco.num_annotations:,} annotations of {coco.file} cannot be used, more than "
-            f"data.max_bad_share {config.max_bad_share:g}; itpn check-data --format coco lists them"
+            f"{len(bad):,} of {coco.num_annotations:,} annotations of {coco.file} cannot be used, more than "
+            f"data.max_bad_share {config.max_bad_share:g}, such as {bad[0].where}: {bad[0].reason}; correct "
+            "them: itpn check-data --format coco lists all"
         )
+    if not coco.objects.counts().any():
+        raise UserError(f"{coco.file} has no object to learn from; annotate some, or name another file")
     return coco
 
 

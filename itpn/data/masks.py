@@ -6,7 +6,7 @@ that can be shown, before anything of the mask's size is allocated.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,19 +35,48 @@ _POLYGONS, _RUNS = b"P", b"R"
 _OFFSET, _MORE, _SIGN, _DIGITS = 48, 0x20, 0x10, 7
 
 
-def checked(segmentation: object, size: Size) -> Outline | None:
-    """A segmentation of an image; None where it is missing or an empty list."""
-    match segmentation:
+def checked(segmentation: object, size: Size) -> tuple[Outline | None, str]:
+    """A segmentation of an image, None where it is missing or an empty list; and what is left out of it."""
+    match _as_coco_writes(segmentation):
         case None | []:
-            return None
+            return None, ""
         case [*polygons]:
             return _checked_polygons(polygons)
         case {"size": stated, "counts": counts}:
             if stated != list(size):
-                raise ValueError(f"run lengths of size {_brief(stated)}, but the image has {list(size)}")
-            return _checked_runs(counts, size)
+                order = "; its height goes before its width" if stated == [*size[::-1]] else ""
+                raise ValueError(
+                    f"run lengths of size {_brief(stated)}, but the image has {list(size)}{order}"
+                )
+            return _checked_runs(counts, size), ""
         case _:
             raise ValueError("neither polygons nor run lengths with size and counts")
+
+
+def _as_coco_writes(segmentation: object) -> object:
+    """The same where a list around a polygon is missing, points are pairs, or run lengths are in a list."""
+    match segmentation:
+        case [{} as runs]:
+            return runs
+        case [int() | float(), *_]:
+            return [segmentation]
+        case [[int() | float(), _], *_] if _is_list_of_pairs(segmentation):
+            return [_flat(segmentation)]
+        case [*polygons]:
+            return [_flat(polygon) if _is_list_of_pairs(polygon) else polygon for polygon in polygons]
+    return segmentation
+
+
+def _is_list_of_pairs(polygon: object) -> TypeGuard[list[list[object]]]:
+    return (
+        isinstance(polygon, list)
+        and polygon != []
+        and all(isinstance(point, list) and len(point) == 2 for point in polygon)
+    )
+
+
+def _flat(points: list[list[object]]) -> list[object]:
+    return [value for point in points for value in point]
 
 
 def packed(outline: Outline | None) -> bytes:
@@ -71,15 +100,24 @@ def unpacked(data: bytes) -> Outline | None:
     return [points[start:end] for start, end in zip([0, *(ends[:-1] + 1)], ends, strict=True)]
 
 
-def _checked_polygons(polygons: Sequence[object]) -> list[Array]:
+def _checked_polygons(polygons: Sequence[object]) -> tuple[list[Array], str]:
+    """Those that are sound, at least one of which has an area, and what is left out."""
     if sum(len(polygon) for polygon in polygons if isinstance(polygon, list)) > 2 * MAX_POINTS:
         raise ValueError(f"polygons of more points than the limit of {MAX_POINTS:,}")
-    checked = [_checked_polygon(polygon) for polygon in polygons]
+    checked, reasons = [], []
+    for polygon in polygons:
+        try:
+            checked.append(_checked_polygon(polygon))
+        except ValueError as error:
+            reasons.append(str(error))
+    if not checked:
+        raise ValueError(reasons[0])
     if not sum(map(_length, checked)) <= MAX_LENGTH:
         raise ValueError(f"polygons longer than the limit of {MAX_LENGTH:,} pixels")
     if not any(map(_area, checked)):
         raise ValueError("polygons without area")
-    return checked
+    odd = f"{len(reasons)} of {len(polygons)} polygons left out: {reasons[0]}" if reasons else ""
+    return checked, odd
 
 
 def _checked_polygon(polygon: object) -> Array:
@@ -114,6 +152,8 @@ def _checked_runs(counts: object, size: Size) -> Array:
     check_size(size[1], size[0])
     num_pixels = size[0] * size[1]
     if isinstance(counts, str):
+        if counts.startswith("b'"):  # bytes as Python shows them; ' is no digit of run lengths
+            counts = counts[2:-1].replace("\\\\", "\\")
         runs = runs_of_text(counts.encode("ascii", "replace"))
     else:
         runs = np.array(counts) if counts and _is_list_of(counts, int) else np.empty(0, object)

@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from itpn import cli
+from itpn.data.check_labels import warnings_of
+from itpn.data.coco_file import read_coco
 from tests.data.coco import content, thing, written
 
 
@@ -75,7 +78,7 @@ def test_what_is_bad_is_named_and_counted(
     assert status == 1
     for line in (
         "annotation 11 (1.png): bbox: width or height is not above 0; left out",
-        "annotation 13: image_id: no such image; left out",
+        "annotation 13: image_id: no such image, 77; left out",
         "entry 6 of 'annotations': it is 'nonsense', not an object with fields; left out",
         "annotation 16 (1.png): bbox: it reaches outside the image; kept",
         f"{folder / '2.png'}: No such file or directory",
@@ -120,3 +123,46 @@ def test_mistakes_are_one_line(
     monkeypatch.chdir(tmp_path)
     status, _, error = check_data(capsys, ".", *arguments)
     assert status == 2 and words in error and error.count("\n") == 1
+
+
+def test_classes_that_never_occur_are_named_in_each_split(tmp_path: Path) -> None:
+    data = content([(48, 64)] * 2, annotations=[thing(1), thing(2, 2, category_id=7, iscrowd=1)])
+    data["categories"].append({"id": 9, "name": "emu"})
+    coco = read_coco(written(tmp_path, data), tmp_path)
+    words = "2 of 3 classes have no object here: dog, emu; annotate some, or remove the classes"
+    assert [line for line in warnings_of(coco) if words in line]
+    data["annotations"] += [thing(3, 2, category_id=7), thing(4, category_id=9)]
+    coco = read_coco(written(tmp_path, data), tmp_path)
+    assert not warnings_of(coco)
+    part = coco.of_images(np.array([1]), "of them")
+    assert "2 of 3 classes have no object here: cat, emu" in warnings_of(part)[0]
+
+
+def test_images_of_other_sizes_than_the_annotations_say_are_told(tmp_path: Path) -> None:
+    data = content([(48, 64)] * 3, annotations=[thing(1), thing(2, category_id=7)])
+    file = written(tmp_path, data)
+    for image in data["images"][:2]:
+        image |= {"width": 48, "height": 64}
+    file.write_text(json.dumps(data))
+    (warning,) = warnings_of(read_coco(file, tmp_path))
+    assert warning.startswith(
+        f"2 of 3 images have another size than {file} says, such as 1.png: 64 x 48 pixels"
+    )
+    assert "was it turned after it was annotated?; if they were scaled or turned, take" in warning
+    for image in data["images"][:2]:
+        image |= {"width": 64, "height": 48}
+    file.write_text(json.dumps(data))
+    assert not warnings_of(read_coco(file, tmp_path))
+
+
+def test_what_training_says_is_what_check_data_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = [thing(1), thing(2, category_id=7), thing(3, bbox=[-9, 10, 39, 30])]
+    file = written(tmp_path, content([(48, 64)], annotations=bad))
+    (said,) = warnings_of(read_coco(file, tmp_path))
+    assert (
+        "1 of 3 annotations are odd and kept, such as annotation 3 (1.png): bbox: it reaches outside" in said
+    )
+    status, printed, _ = check_data(capsys, tmp_path, "--format", "coco", "--annotations", file)
+    assert status == 1 and f"warning: train: {said}" in printed

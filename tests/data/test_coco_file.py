@@ -57,17 +57,20 @@ def test_a_place_for_each_split_or_explicit_ones(tmp_path: Path) -> None:
 
 LEFT_OUT: dict[str, tuple[Any, str]] = {
     "no object": (5, "it is 5, not an object"),
-    "no id": ({}, "id: None is not a whole number"),
-    "text as id": (thing(1, id="1"), "id: '1' is not a whole number"),
-    "huge id": (thing(10**30), "id: 1000000000"),
-    "unknown image": (thing(1, 99), "image_id: no such image"),
-    "image in a list": (thing(1, image_id=[1]), "image_id: [1] is not a whole number"),
-    "unknown category": (thing(1, category_id=4), "category_id: no such category"),
-    "truth as category": (thing(1, category_id=True), "category_id: True is not a whole number"),
+    "no field": ({}, "image_id: it is missing"),
+    "unknown image": (thing(1, 99), "image_id: no such image, 99"),
+    "image in a list": (thing(1, image_id=[1]), "image_id: [1] is no id"),
+    "unknown category": (thing(1, category_id=4), "category_id: no such category, 4"),
+    "no category": (thing(1, category_id=None), "category_id: None is no id"),
+    "truth as category": (thing(1, category_id=True), "category_id: True is no id"),
     "crowd of many": (thing(1, iscrowd=2), "iscrowd: 2 is neither 0 nor 1"),
-    "no box": (thing(1, bbox=None), "bbox: None is not x, y, width, height"),
+    "neither box nor mask": (
+        thing(1, bbox=None, segmentation=[]),
+        "bbox: None, and there is no segmentation",
+    ),
+    "turned box": (thing(1, bbox=[10, 10, 20, 30, 45.0]), "of a turned box, write the upright one around it"),
     "three numbers": (thing(1, bbox=[1, 2, 3]), "bbox: [1, 2, 3] is not x, y, width, height"),
-    "words": (thing(1, bbox=["1", 2, 3, 4]), "bbox: '1' is not a number"),
+    "words": (thing(1, bbox=["one", 2, 3, 4]), "bbox: 'one' is not a number"),
     "not a number": (thing(1, bbox=[float("nan"), 2, 3, 4]), "bbox: nan is not finite"),
     "huge": (thing(1, bbox=[10**400, 2, 3, 4]), "is not finite or too large"),
     "zero width": (thing(1, bbox=[10, 10, 0, 30]), "bbox: width or height is not above 0"),
@@ -93,6 +96,7 @@ def test_a_bad_annotation_is_left_out_and_told(tmp_path: Path, name: str) -> Non
     assert coco.objects.ids.tolist() == [100, 101] and coco.num_annotations == 3
     (finding,) = coco.findings
     assert words in finding.reason and finding.place == 1 and finding.left_out
+    assert any("1 of 3 annotations cannot be used" in note and words in note for note in coco.notes)
     assert "1 annotations left out and 0 odd ones kept: see itpn check-data" in coco.description
 
 
@@ -157,7 +161,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no categories": (without(GOOD, "categories"), "has no list 'categories'"),
     "empty categories": ({**GOOD, "categories": []}, "has no categories"),
     "image that is none": ({**GOOD, "images": [3]}, "entry 0 of 'images': it is 3, not an object"),
-    "image id": (changed("images", "id", "2"), "entry 1 of 'images': id: '2' is not a whole number"),
+    "image id": (changed("images", "id", None), "entry 1 of 'images': id: None is no id"),
     "same image id": (
         changed("images", "id", 1),
         "entry 1 of 'images': id 1 is that of another image, 1.png",
@@ -166,10 +170,17 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no height": (changed("images", "height", 0), "entry 1 of 'images': height: 0 is not in 1 to"),
     "no name": (changed("images", "file_name", ""), "entry 1 of 'images': file_name: '' is not a text"),
     "category id": (changed("categories", "id", 7), "entry 1 of 'categories': id 7 is that of another"),
-    "category name": (changed("categories", "name", 5), "entry 1 of 'categories': name: 5 is not a text"),
+    "category name": (changed("categories", "name", [5]), "1 of 'categories': name: [5] is not a text"),
+    "half a character": (changed("images", "file_name", "\ud800"), "file_name: '\\ud800' is not a text"),
+    "labelme": ({"shapes": [], "imagePath": "1.png"}, "it looks like a file of LabelMe"),
+    "compressed": ("PK\x03\x04", "is compressed; unpack it"),
+    "panoptic": (
+        {**GOOD, "annotations": [{"image_id": 1, "file_name": "1.png", "segments_info": []}]},
+        "it looks like a panoptic file; name the instances file",
+    ),
     "captions": (
         {**GOOD, "annotations": [{"id": 1, "image_id": 1, "caption": "a cat"}]},
-        "no annotation can be used; entry 0 of 'annotations': category_id: None is not a whole number",
+        "category_id: it is missing; it looks like a file of captions; name the instances file",
     ),
 }
 
@@ -190,7 +201,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match=r"cannot read .*: Is a directory"):
         read_coco(tmp_path, tmp_path)
     file = written(tmp_path, GOOD)
-    monkeypatch.setattr("itpn.data.coco_file.MAX_JSON_BYTES", 100)
+    monkeypatch.setattr("itpn.data.coco_json.MAX_JSON_BYTES", 100)
     with pytest.raises(UserError, match="bytes are more than the limit of 100; split it"):
         read_coco(file, tmp_path)
 
@@ -206,7 +217,10 @@ def test_an_image_of_very_many_objects_is_an_error(tmp_path: Path, monkeypatch: 
 def test_another_folder_is_an_error_but_some_missing_files_are_unreadable_images(tmp_path: Path) -> None:
     file = written(tmp_path, content([(8, 8), (8, 8)]))
     (tmp_path / "other").mkdir()
-    with pytest.raises(UserError, match=r"none of the images of .* is in .*other, such as 1.png"):
+    with pytest.raises(
+        UserError,
+        match=r"none of the 2 images of .* is in .*other, such as 1.png; that folder has no image; name",
+    ):
         read_coco(file, tmp_path / "other")
     (tmp_path / "1.png").unlink()
     coco = read_coco(file, tmp_path)
@@ -257,3 +271,119 @@ def test_both_splits_need_the_same_categories(tmp_path: Path) -> None:
     other = read_coco(written(tmp_path / "b", data), tmp_path / "b")
     with pytest.raises(UserError, match=r"only in the first: dog \(7\); only in the second: Dog \(7\)"):
         check_categories(one, other)
+
+
+def test_the_fingerprint_of_sound_data_stays_what_it_was(tmp_path: Path) -> None:
+    annotations = [
+        thing(1, 2),
+        thing(2, area=12.5),
+        thing(5, 2, iscrowd=1, segmentation=RUNS, bbox=[10, 10, 1, 30]),
+        thing(6, 3, bbox=[-3, 10, 33, 30], category_id=7),
+        thing(7, segmentation=[]),
+        thing(8, 99),
+    ]
+    coco = read(tmp_path, *annotations, sizes=((48, 64),) * 3)
+    assert coco.fingerprint == "38fae9be4051e4ffe5581a79d708bd39aa37f4649b9b1ea3ad34d8cac10abb76"
+
+
+SPELLED: dict[str, Content] = {
+    "numbers in text": {
+        "image_id": "1",
+        "category_id": "3",
+        "area": "300",
+        "bbox": ["10", "10", "20", "30.0"],
+    },
+    "no id": {"id": None},
+    "id in text": {"id": "9f-3"},
+    "huge id": {"id": 10**30},
+    "name as category": {"category_id": "cat"},
+    "truth as crowd": {"iscrowd": False},
+    "no crowd": {"iscrowd": None},
+    "text as crowd": {"iscrowd": "0"},
+    "no area": {"area": None},
+    "box of the mask": {"bbox": None},
+}
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_what_is_spelled_otherwise_is_read_as_the_same(tmp_path: Path, name: str) -> None:
+    plain, other = read(tmp_path, thing(1)), read(tmp_path, thing(1, **SPELLED[name]))
+    assert other.fingerprint == plain.fingerprint and not other.findings
+    assert other.objects.areas[0] == (300 if SPELLED[name].get("area", 1) else 600)
+
+
+@pytest.mark.parametrize("ids", [["a1-x", "b2-y"], [10**20, 10**20 + 1], ["7", "x"], [8, "9" * 30]])
+def test_ids_of_images_need_only_be_equal(tmp_path: Path, ids: list[Any]) -> None:
+    data = content([(48, 64), (48, 64)], annotations=[thing(1, ids[1]), thing(2, ids[0])])
+    for image, number in zip(data["images"], ids, strict=True):
+        image["id"] = number
+    coco = read_coco(written(tmp_path, data), tmp_path)
+    assert coco.objects.ids.tolist() == [2, 1] and coco.image_ids.tolist() == [1, 2]
+    assert "results count images from 1" in coco.description
+
+
+def test_ids_of_categories_may_be_texts(tmp_path: Path) -> None:
+    data = content([(48, 64)], annotations=[thing(1, category_id="n02"), thing(2, category_id="n01")])
+    data["categories"] = [{"id": "n02", "name": "dog"}, {"id": "n01", "name": 7}]
+    coco = read_coco(written(tmp_path, data), tmp_path)
+    assert coco.categories == ((1, "7"), (2, "dog")) and coco.objects.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("sides", [{}, {"width": -1, "height": -1}, {"width": None, "height": 0}])
+def test_sizes_that_are_not_told_are_those_of_the_files(tmp_path: Path, sides: Content) -> None:
+    data = content([(48, 64), (20, 30)], annotations=[thing(1)])
+    file = written(tmp_path, data)
+    for image in data["images"]:
+        del image["width"], image["height"]
+        image |= sides
+    file.write_text(json.dumps(data))
+    assert read_coco(file, tmp_path).sizes.tolist() == [[48, 64], [20, 30]]
+    (tmp_path / "2.png").write_bytes(b"none")
+    with pytest.raises(UserError, match=r"entry 1 of 'images': no height and width, and .*2\.png"):
+        read_coco(file, tmp_path)
+    data["images"][1] |= {"width": "30", "height": 20.0}
+    file.write_text(json.dumps(data))
+    assert read_coco(file, tmp_path).sizes.tolist() == [[48, 64], [20, 30]]
+
+
+def test_a_bad_polygon_alone_is_left_out_and_told(tmp_path: Path) -> None:
+    parts = [*TRIANGLE, [3, 3, 4, 4]]
+    coco = read(tmp_path, thing(1, segmentation=parts), thing(2, segmentation=parts, bbox=None))
+    assert coco.objects.boxes.tolist() == [[10, 10, 20, 30]] * 2
+    outline = coco.objects.outline(0)
+    assert isinstance(outline, list) and [points.ravel().tolist() for points in outline] == TRIANGLE
+    (note,) = coco.notes
+    assert "2 of 2 annotations are odd and kept, such as annotation 1 (1.png): segmentation: 1 of 2 " in note
+    assert [finding.left_out for finding in coco.findings] == [False, False]
+
+
+def test_files_in_other_encodings_are_read_or_named(tmp_path: Path) -> None:
+    data = json.dumps(GOOD | {"info": "Müller"}, ensure_ascii=False)
+    file = written(tmp_path, GOOD)
+    for encoding in ("utf-8-sig", "utf-16"):
+        file.write_bytes(data.encode(encoding))
+        assert len(read_coco(file, tmp_path).objects) == 1
+    file.write_bytes(data.encode("latin-1"))
+    with pytest.raises(UserError, match=r"byte \d+ is not UTF-8; save it as UTF-8, as with iconv"):
+        read_coco(file, tmp_path)
+    file.write_bytes(file.read_bytes().decode("latin-1").encode())
+    assert len(read_coco(file, tmp_path).objects) == 1
+
+
+def test_categories_that_are_missing_can_be_added_as_the_message_says(tmp_path: Path) -> None:
+    file = written(tmp_path, without(GOOD, "categories"))
+    with pytest.raises(
+        UserError, match=r'as "categories": \[\{"id": 1, "name": "object"\}\], with'
+    ) as caught:
+        read_coco(file, tmp_path)
+    added = json.loads(str(caught.value).split('"categories": ')[1].split(", with")[0])
+    added[0]["id"] = 3
+    file.write_text(json.dumps(GOOD | {"categories": added}))
+    assert len(read_coco(file, tmp_path).objects) == 1
+
+
+def test_run_lengths_of_exchanged_sides_are_read_once_they_are_put_right(tmp_path: Path) -> None:
+    turned = RUNS | {"size": RUNS["size"][::-1]}  # type: ignore[index]
+    with pytest.raises(UserError, match=r"no annotation can be used; .*its height goes before its width"):
+        read(tmp_path, thing(1, bbox=[10, 10, 1, 30], segmentation=turned))
+    assert len(read(tmp_path, thing(1, bbox=[10, 10, 1, 30], segmentation=RUNS)).objects) == 1

@@ -332,3 +332,75 @@ def test_splits_are_found_by_the_config(folder: Path, tmp_path: Path) -> None:
 def test_settings_out_of_range_are_named(fields: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"data.{next(iter(fields))}"):
         DetectionDataConfig(**fields)
+
+
+def test_a_file_without_objects_is_an_error_until_there_are_some(tmp_path: Path) -> None:
+    own = config(root=tmp_path, train_images=tmp_path, train_annotations=tmp_path / "instances.json")
+    for empty_images in (False, True):
+        written(tmp_path, content([(48, 64)] * 4))
+        with pytest.raises(UserError, match=r"instances\.json has no object to learn from; annotate some"):
+            find_splits(replace(own, empty_images=empty_images), 0.25)
+    written(tmp_path, content([(48, 64)] * 4, annotations=[thing(i, i) for i in range(1, 5)]))
+    assert [len(part) for part in find_splits(own, 0.25)] == [3, 1]
+
+
+def test_objects_that_are_all_held_out_are_an_error_with_a_cure(tmp_path: Path) -> None:
+    own = config(root=tmp_path, train_images=tmp_path, train_annotations=tmp_path / "instances.json")
+    written(tmp_path, content([(48, 64)] * 4, annotations=[thing(1, 1)]))
+    held_out = find_validation_names(own, tmp_path)
+    written(tmp_path, content([(48, 64)] * 4, annotations=[thing(1, held_out)]))
+    with pytest.raises(
+        UserError, match=r"all images with objects of .* are held out for validation; annotate"
+    ):
+        find_splits(own, 0.25)
+    named = replace(own, val_images=tmp_path, val_annotations=tmp_path / "instances.json")
+    assert [len(part) for part in find_splits(named, 0.25)] == [1, 4]
+
+
+def find_validation_names(own: DetectionDataConfig, folder: Path) -> int:
+    """The id of the only image that is held out of four."""
+    written(folder, content([(48, 64)] * 4, annotations=[thing(i, i) for i in range(1, 5)]))
+    return int(find_validation(own, 0.25).image_ids[0])
+
+
+def test_a_file_listed_twice_is_not_in_both_halves(tmp_path: Path) -> None:
+    data = content([(48, 64)] * 6, annotations=[thing(i, i) for i in range(1, 12)])
+    file = written(tmp_path, data)
+    data["images"] += [image | {"id": image["id"] + 6} for image in data["images"]]
+    file.write_text(json.dumps(data))
+    own = config(root=tmp_path, train_images=tmp_path, train_annotations=file)
+    train, val = find_splits(own, 0.4)
+    halves = [{part.names[i] for i in range(len(part))} for part in (train, val)]
+    assert not halves[0] & halves[1] and len(halves[0] | halves[1]) == 6
+    assert "6 entries of 'images' name a file" in train.notes[0] and not val.notes
+
+
+def test_images_to_train_and_to_validate_on_that_are_the_same_are_told(tmp_path: Path) -> None:
+    data = content([(48, 64)] * 3, annotations=[thing(i, i) for i in range(1, 4)])
+    file = written(tmp_path / "train", data)
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val/a.png").symlink_to(tmp_path / "train/2.png")
+    Image.new("RGB", (64, 48)).save(tmp_path / "val/b.png")
+    data["images"] = [{"id": i, "file_name": f"{'ab'[i - 1]}.png", "height": 48, "width": 64} for i in (1, 2)]
+    other = tmp_path / "val.json"
+    other.write_text(json.dumps(data | {"annotations": [thing(1)]}))
+    own = config(
+        train_images=tmp_path / "train",
+        train_annotations=file,
+        val_images=tmp_path / "val",
+        val_annotations=other,
+    )
+    (note,) = find_splits(own, 0.1)[0].notes
+    assert note.startswith(f"1 images of {file} are in {other}, too, such as {tmp_path / 'train/2.png'}")
+    data["images"].pop(0)
+    other.write_text(json.dumps(data | {"annotations": [thing(1, 2)]}))
+    assert not find_splits(own, 0.1)[0].notes
+
+
+def test_too_many_bad_annotations_are_an_error_that_says_why(tmp_path: Path) -> None:
+    things = [thing(i, category_id=i % 2 or 3) for i in range(6)]
+    file = written(tmp_path, content([(48, 64)], annotations=things))
+    with pytest.raises(
+        UserError, match=r"such as annotation 1 \(1\.png\): category_id: no such category, 1; "
+    ):
+        find_objects(config(train_images=tmp_path, train_annotations=file), "train")

@@ -96,7 +96,7 @@ def test_what_is_packed_comes_back() -> None:
         {"size": [2, 3], "counts": "123"},
     ]
     for segmentation in outlines:
-        outline = checked(segmentation, (2, 3))
+        outline, _ = checked(segmentation, (2, 3))
         again = unpacked(packed(outline))
         if isinstance(outline, list):
             assert again is not None and len(again) == len(outline)
@@ -124,14 +124,15 @@ UNUSABLE: dict[str, tuple[Any, str]] = {
     "text": ("polygon", "neither polygons nor run lengths"),
     "number": (7, "neither polygons nor run lengths"),
     "fields": ({"counts": [1]}, "neither polygons nor run lengths"),
-    "flat": ([1, 2, 3, 4, 5, 6], "no list of numbers"),
     "words": ([["a"] * 6], "no list of numbers"),
     "truth": ([[True] * 6], "no list of numbers"),
     "numbers that are none": ([[None] * 6], "no list of numbers"),
     "huge integers": ([[10**400] * 6], "no list of numbers"),
     "odd": ([[1, 2, 3, 4, 5, 6, 7]], "a polygon of 7 numbers"),
     "line": ([[1, 2, 3, 4]], "a polygon of 4 numbers"),
-    "one of two": ([[1, 2, 3, 4, 5, 7], []], "a polygon of 0 numbers"),
+    "two without enough": ([[1, 2, 3], []], "a polygon of 3 numbers"),
+    "pairs of too few": ([[1, 2], [3, 4]], "a polygon of 4 numbers"),
+    "words in pairs": ([["a", "b"]] * 3, "no list of numbers"),
     "not a number": ([[1, 2, 3, float("nan"), 5, 6]], "not finite"),
     "infinite": ([[1, 2, 3, float("inf"), 5, 6]], "not finite"),
     "far": ([[1, 2, 3, 1e300, 5, 6]], "too large"),
@@ -141,7 +142,10 @@ UNUSABLE: dict[str, tuple[Any, str]] = {
     "many polygons": ([[1, 2, 3, 4, 5, 7]] * 50_000, "more points than the limit"),
     "flattened": ([[1, 1, 5, 5, 9, 9]], "without area"),
     "other size": ({"size": [100_000, 100_000], "counts": [10**10]}, "run lengths of size [100000, 100000]"),
-    "turned": ({"size": [240, 200], "counts": [48_000]}, "but the image has [200, 240]"),
+    "turned": (
+        {"size": [240, 200], "counts": [48_000]},
+        "but the image has [200, 240]; its height goes before",
+    ),
     "short": ({"size": [200, 240], "counts": [1, 2]}, "do not add up to the image's 48,000 pixels"),
     "negative": ({"size": [200, 240], "counts": [48_001, -1]}, "do not add up"),
     "overflowing": ({"size": [200, 240], "counts": [2**62, 2**62, 2**62, 2**62]}, "do not add up"),
@@ -173,7 +177,36 @@ def test_a_mask_that_cannot_be_used_says_why(name: str) -> None:
 @given(text=st.text(st.characters(min_codepoint=48, max_codepoint=111), max_size=40))
 def test_no_compressed_text_makes_a_mask_of_another_size(text: str) -> None:
     try:
-        outline = checked({"size": [5, 7], "counts": text}, (5, 7))
+        outline, _ = checked({"size": [5, 7], "counts": text}, (5, 7))
     except ValueError:
         return
     assert outline is not None and drawn(outline, (5, 7)).shape == (5, 7)
+
+
+SQUARE = [1, 1, 4, 1, 4, 4, 1, 4]
+PAIRS = [[1, 1], [4, 1], [4, 4], [1, 4]]
+
+
+@pytest.mark.parametrize("written", [SQUARE, PAIRS, [PAIRS], [SQUARE]])
+def test_polygons_are_read_without_a_list_around_them_and_as_pairs(written: Any) -> None:
+    outline, odd = checked(written, (6, 5))
+    assert isinstance(outline, list) and [points.ravel().tolist() for points in outline] == [SQUARE]
+    assert not odd
+
+
+@pytest.mark.parametrize("bad", [[3, 3, 4, 4], [], ["a"] * 6, [1, 2, 3, float("nan"), 5, 6], None])
+def test_a_bad_polygon_alone_is_left_out(bad: Any) -> None:
+    for polygons in ([SQUARE, bad], [bad, SQUARE]):
+        outline, odd = checked(polygons, (6, 5))
+        assert isinstance(outline, list) and [points.ravel().tolist() for points in outline] == [SQUARE]
+        assert odd.startswith("1 of 2 polygons left out: a polygon ")
+
+
+def test_run_lengths_are_read_in_a_list_and_as_bytes_that_python_shows() -> None:
+    runs = run_lengths(fill(star(0), SIZE))
+    text = compressed(runs)
+    for counts in (text.decode(), str(text)):
+        for written in ({"size": [*SIZE], "counts": counts}, [{"size": [*SIZE], "counts": counts}]):
+            outline, odd = checked(written, SIZE)
+            assert np.array_equal(outline, runs) and not odd  # type: ignore[arg-type]
+    assert b"\\" in compressed(np.array([0, 44])), "so that what Python escapes occurs"
