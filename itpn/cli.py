@@ -10,22 +10,25 @@ from itpn import __version__
 from itpn.errors import UserError, printable
 
 COMMANDS = {
-    "train": ("itpn.commands.train", "train as a config says; the same command again resumes"),
-    "test": ("itpn.commands.test", "how good weights are, on a config's validation images"),
-    "predict": ("itpn.commands.predict", "what a model says of images: labels with scores, or embeddings"),
-    "replay": ("itpn.commands.replay", "take a step again whose loss or gradient was not finite"),
-    "reconstruct": ("itpn.commands.reconstruct", "show what a run fills in where images are masked"),
-    "info": ("itpn.commands.info", "a config's, or a file of weights', parts, parameters and multiply-adds"),
+    "train": ("itpn.commands.train", "train a config; the same command resumes"),
+    "test": ("itpn.commands.test", "evaluate weights on a config's validation images"),
+    "predict": ("itpn.commands.predict", "predict labels, objects, label maps or embeddings for images"),
+    "replay": ("itpn.commands.replay", "repeat a step whose loss or gradient was not finite"),
+    "reconstruct": (
+        "itpn.commands.reconstruct",
+        "draw a pre-trained model's reconstruction of masked images",
+    ),
+    "info": ("itpn.commands.info", "show parts, parameters and multiply-adds of a config or weights file"),
     "configs": ("itpn.commands.configs", "list the configs"),
-    "convert": ("itpn.commands.convert", "translate a released checkpoint to a file of ours, or back"),
-    "export": ("itpn.commands.export", "write a model for other programs: safetensors, ONNX or torch.export"),
-    "sample-data": ("itpn.commands.sample_data", "write the sample as image folder, COCO and ADE20K"),
+    "convert": ("itpn.commands.convert", "convert a released checkpoint to an itpn file, or back"),
+    "export": ("itpn.commands.export", "export a model as safetensors, ONNX or torch.export"),
+    "sample-data": ("itpn.commands.sample_data", "write the bundled sample as image folder, COCO and ADE20K"),
     "shard": (
         "itpn.commands.shard",
-        "write images as tar shards, for disks and networks that prefer few files",
+        "pack images into tar shards, for disks and networks that prefer few files",
     ),
-    "check-data": ("itpn.commands.check_data", "find the images that cannot be read, before training does"),
-    "bench": ("itpn.commands.bench", "how fast training and loading are, and whether memory is kept"),
+    "check-data": ("itpn.commands.check_data", "check images, labels and annotations before training"),
+    "bench": ("itpn.commands.bench", "measure the speed of training and loading, and memory use"),
     "demo": ("itpn.commands.demo", "pre-train a nano model on the sample and show what it learned"),
 }
 
@@ -71,7 +74,7 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {promise}" for name, (_, promise) in COMMANDS.items()]
     return "\n".join(
-        ["usage: itpn COMMAND …", "", *lines, "", "`itpn COMMAND --help` says what a command takes."]
+        ["usage: itpn COMMAND …", "", *lines, "", "`itpn COMMAND --help` lists a command's options."]
     )
 
 
@@ -79,4 +82,4 @@ def module_of(name: str) -> str:
     if name in COMMANDS:
         return COMMANDS[name][0]
     near = difflib.get_close_matches(name, COMMANDS, cutoff=0.4) or list(COMMANDS)
-    raise UserError(f"there is no command {name!r}; perhaps you meant {' or '.join(near)}")
+    raise UserError(f"there is no command {name!r}; did you mean {' or '.join(near)}?")

@@ -83,14 +83,14 @@ def test_exit_status(monkeypatch, capsys, raised, status):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("trian", "no command 'trian'; perhaps you meant train"),
-        ("zzzz", "perhaps you meant train or"),
+        ("trian", "no command 'trian'; did you mean train or"),
+        ("zzzz", "did you mean train or"),
         (
             "info itpn-pixel_hivit-bas-p16_8xb512-amp-coslr-800e_in1k",
             "the nearest are itpn-pixel_hivit-base-p16_8xb512",
         ),
         ("info configs/none.py", "no config file or name 'configs/none.py'"),
-        ("info --epochs 3 pretrain_demo", "the config comes first"),
+        ("info --epochs 3 pretrain_demo", "give the config before --epochs"),
         ("info pretrain_demo --epoch 3", "Perhaps you meant: --epochs {None}|INT"),
         ("info pretrain_demo --model.bakbone.size itpn_base", "--model.backbone.size"),
         ("info pretrain_demo --seed many", "--seed: invalid literal for int() with base 10: 'many'"),

@@ -36,20 +36,21 @@ MIN_SCALE, FLIP = 0.2, 0.5
 
 @dataclass(frozen=True)
 class Options:
-    """Images a second that one core loads for training, and by Pillow + torchvision from the same files."""
+    """Measure how many training images per second one core loads, beside Pillow + torchvision on the same
+    files."""
 
     directory: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")] = None
-    """Images as training finds them; or leave it out and give --synthetic."""
+    """Folder of images, as for training. Leave it out and give --synthetic to use made-up images."""
     synthetic: str | None = None
     """Make JPEGs of these sizes instead, such as 500x400,1024x768."""
     image_size: int = 224
     """Side of the crops in pixels."""
     num: int = 32
-    """Images to load, of the whole folder or of each size made."""
+    """Number of images to load: from the folder in all, or of each synthetic size."""
     rounds: int = 5
-    """Times that every image is loaded, each time with another crop; medians are shown."""
+    """Number of passes over the images, each with new crops. Medians are shown."""
     json: Path | None = None
-    """Where to write the figures."""
+    """JSON file to write the results to."""
 
     def __post_init__(self) -> None:
         if (self.directory is None) == (self.synthetic is None):
@@ -74,7 +75,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Result:
-    """Images a second of both ways, and how far their pixels differ, in steps of 1 / 255."""
+    """Images per second of both ways, and how far their pixels differ, in steps of 1 / 255."""
 
     num_images: int
     ours: float
@@ -191,7 +192,8 @@ def drawn(path: Path, epoch: int, index: int) -> Sample:
 
 
 class PlainWay:
-    """What most training code does: the whole image by Pillow, then torchvision's published transforms."""
+    """The loading of most training code: Pillow decodes the whole image, then torchvision's transforms
+    follow."""
 
     def __init__(self, image_size: Size) -> None:
         try:

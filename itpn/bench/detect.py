@@ -36,22 +36,22 @@ LEAST_SIDE, GREATEST_SHARE = 16.0, 0.5
 
 @dataclass(frozen=True)
 class Bench(StepOptions):
-    """Time the training step of a config that detects, on random images with ellipses as objects: its parts,
-    FLOP/s, and share of the ceiling."""
+    """Time the training step of a detection config on random images with ellipses as objects. Prints the time
+    of each part, FLOP/s and the share of the matmul ceiling."""
 
     device_batch: int | None = None
-    """Images at a time. Default: 1 on a CPU, 2 on CUDA, as published."""
+    """Images per step. Default: 1 on a CPU, 2 on CUDA, as published."""
     image_size: tuple[int, int] = (1024, 1024)
     """Height and width of the images, multiples of 32."""
     published_sizes: bool = False
-    """Time one after another the padded sizes that the config's data.scale makes, in place of one; the lying
-    ones, since the standing ones are the same work."""
+    """Time each padded size that the config's data.scale makes, instead of one size. Only landscape sizes are
+    timed, since portrait ones are the same work."""
     objects: int = 7
-    """Objects in each image; COCO has 7 on average."""
+    """Objects per image. COCO has 7 on average."""
     window: int | None = None
-    """Units per side of the windows within which most blocks attend. Default: what the config says."""
+    """Side, in units, of the attention windows of most blocks. Default: the config's."""
     keep_activations: bool = False
-    """Keep what the backbone's blocks compute, though the config has it computed again (checkpointing)."""
+    """Switch off the config's activation checkpointing and store the activations of the backbone's blocks."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""What the benches of models found out, and how it is shown."""
+"""Results of the benches of models, and how they are shown."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,9 +34,9 @@ class Figures:
     kinds: dict[str, float] | None
     """Seconds by kind of work."""
     baseline: str = "written plainly"
-    """What the model that it is compared with is called."""
+    """Name of the baseline model."""
     notes: list[str] = field(default_factory=list)
-    """What else there is to say of the step."""
+    """Further remarks on the step."""
 
     @property
     def images_per_s(self) -> float:

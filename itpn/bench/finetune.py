@@ -26,11 +26,11 @@ from itpn.recipes.classify import Classify
 
 @dataclass(frozen=True)
 class Bench(StepOptions):
-    """Time the step of a config that fine-tunes, on random images: its parts, FLOP/s, and share of the
-    ceiling."""
+    """Time the training step of a fine-tuning config on random images. Prints the time of each part, FLOP/s
+    and the share of the matmul ceiling."""
 
     baseline: bool = False
-    """Take turns with the same model without relative positions."""
+    """Also time the same model without relative positions, step by step in turn."""
 
 
 def run(arguments: list[str]) -> None:

@@ -27,14 +27,14 @@ Series = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Memory:
-    """Train the demo's nano model on the bundled sample, and see whether its resident memory grows."""
+    """Train the demo's nano model on the bundled sample and check whether its resident memory grows."""
 
     steps: int = 2000
     """Optimiser steps."""
     batch_size: int = 16
     """Images per step."""
     out: Path = Path("memory.png")
-    """The picture; its ending chooses the format."""
+    """Picture to write. Its extension selects the format."""
 
 
 def run(arguments: list[str]) -> None:

@@ -31,14 +31,15 @@ Objective = PixelObjective | DistillObjective
 
 @dataclass(frozen=True)
 class Bench(StepOptions):
-    """Time the training step of a config on random images: its parts, FLOP/s, and share of the ceiling.
+    """Time the training step of a pre-training config on random images. Prints the time of each part, FLOP/s
+    and the share of the matmul ceiling.
 
     A frozen teacher has random weights; nothing is downloaded.
     """
 
     baseline: bool = False
-    """Take turns with the same model written plainly (itpn/bench/plain.py): on pixels, without a frozen
-    teacher."""
+    """Also time a plain implementation of the same model (itpn/bench/plain.py), step by step in turn. Only
+    for pre-training on pixels without a frozen teacher."""
 
 
 def run(arguments: list[str]) -> None:

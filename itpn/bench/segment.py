@@ -28,11 +28,11 @@ BATCH = {"cpu": 2, "mps": 2, "cuda": 8}
 
 @dataclass(frozen=True)
 class Bench(StepOptions):
-    """Time the training step of a config that segments, on random crops: its parts, FLOP/s, and share of the
-    ceiling."""
+    """Time the training step of a segmentation config on random crops. Prints the time of each part, FLOP/s
+    and the share of the matmul ceiling."""
 
     device_batch: int | None = None
-    """Crops at a time. Default: 2 on a CPU, 8 on CUDA."""
+    """Crops per step. Default: 2 on a CPU, 8 on CUDA."""
 
 
 def run(arguments: list[str]) -> None:

@@ -44,19 +44,19 @@ R = TypeVar("R", Pretrain, Classify, Detect, Segment)
 @dataclass(frozen=True)
 class Options:
     name: Annotated[str, tyro.conf.Positional]
-    """A config, as `itpn train` takes it."""
+    """Config file or name, as for `itpn train`."""
     device_batch: int | None = None
-    """Images at a time. Default: 16 on a CPU, 256 on CUDA."""
+    """Images per step. Default: 16 on a CPU, 256 on CUDA."""
     steps: int = 10
-    """Steps to time, after two to warm up; medians are shown."""
+    """Number of timed steps, after two warm-up steps. Medians are shown."""
     precision: Precision = "auto"
-    """Of the forward pass; auto is bf16 (fp16 on older GPUs) on CUDA, fp32 elsewhere."""
+    """Precision of the forward pass. auto: bf16 on CUDA (fp16 on older GPUs), fp32 elsewhere."""
     device: DeviceName = "auto"
-    """Where to run."""
+    """Device to run on."""
     compile: bool = False
     """Compile each block with torch.compile."""
     json: Path | None = None
-    """Where to write the figures."""
+    """JSON file to write the results to."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.device_batch is not None and self.device_batch < 1):
@@ -67,9 +67,9 @@ class Options:
 @dataclass(frozen=True)
 class StepOptions(Options):
     checkpointing: bool = False
-    """Keep only the inputs of the backbone's blocks, and compute the rest again in the backward pass."""
+    """Use activation checkpointing: store only the inputs of the backbone's blocks and recompute the rest."""
     profile: bool = False
-    """Show the time of one more step by kind of work."""
+    """Profile one more step and show its time by kind of operation."""
 
 
 def ignored(_parts: Parts) -> None: ...
@@ -77,12 +77,12 @@ def ignored(_parts: Parts) -> None: ...
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is timed."""
+    """Model to time."""
 
     model: nn.Module
     """In training mode on its device; called with the batch."""
     objective: Any
-    """Whose `begin_step` and `end_step` belong to a step; `model` but for a baseline."""
+    """Objective whose `begin_step` and `end_step` belong to a step: `model`, except for a baseline."""
     optimizer: torch.optim.Optimizer
     batch: dict[str, Tensor]
     image_size: tuple[int, int]
@@ -91,15 +91,15 @@ class Subject:
     clocked: Callable[[Parts], None] = ignored
     """Names parts of the step."""
     rest: str = "forward"
-    """What to call the rest of the forward pass …"""
+    """Name of the rest of the forward pass …"""
     backward: str = "backward"
     """… that of the backward pass, …"""
     ending: str = "optimiser"
     """… and `end_step`."""
     notes: Callable[[], list[str]] = list
-    """What else there is to say of the step, once it has been taken."""
+    """Function that lists further remarks, once the step has been taken."""
     baseline: Callable[[], "Subject"] | None = None
-    """What to take turns with …"""
+    """Baseline that takes its steps in turn …"""
     differs: str = "written plainly"
     """… and how it differs."""
 

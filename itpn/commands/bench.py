@@ -7,16 +7,16 @@ from itpn.errors import UserError
 SUBJECTS = {
     "pretrain": (
         "itpn.bench.pretrain",
-        "a config's training step on synthetic data, beside the matmul ceiling",
+        "training step of a pre-training config, as a share of the matmul ceiling",
     ),
-    "finetune": ("itpn.bench.finetune", "the same of a config that fine-tunes"),
+    "finetune": ("itpn.bench.finetune", "training step of a classification config"),
     "detect": (
         "itpn.bench.detect",
-        "the same of one that detects, at any size, in windows or not",
+        "training step of a detection config, with global or windowed attention",
     ),
-    "segment": ("itpn.bench.segment", "the same of one that segments"),
-    "infer": ("itpn.bench.infer", "a classifier's forward pass, and what relative positions cost of it"),
-    "data": ("itpn.bench.data", "images per second that one core loads, beside Pillow + torchvision"),
+    "segment": ("itpn.bench.segment", "training step of a segmentation config"),
+    "infer": ("itpn.bench.infer", "forward pass of a classifier, and the cost of relative positions"),
+    "data": ("itpn.bench.data", "images per second loaded by one core, beside Pillow + torchvision"),
     "memory": ("itpn.bench.memory", "resident memory over thousands of steps"),
 }
 

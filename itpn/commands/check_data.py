@@ -45,31 +45,31 @@ class CheckData:
     """
 
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder of images, searched as --data.root is: train, and val if there is one."""
+    """Folder of images, searched as --data.root is: train, and val if it exists."""
     format: Literal["images", "ade20k", "masks", "coco"] = "images"
-    """What is there: images; images with a label for every pixel, laid out as ADE20K; or images/train beside
-    labels/train (masks); images with objects, laid out as COCO."""
+    """Layout of the data set. images: an image folder. ade20k: images and label maps, laid out as ADE20K.
+    masks: images/train beside labels/train. coco: images and annotations, laid out as COCO."""
     list: Path | None = None
-    """Text file with one image path a line, as --data.list takes it; replaces the search."""
+    """Text file with one image path per line, as for --data.list. It replaces the search."""
     workers: int | None = None
-    """Processes that decode; as many as there are cores, up to 16, if not given."""
+    """Number of decoding processes. Default: one per core, at most 16."""
     out: Path | None = None
-    """Write what cannot be used to this file, one JSON object a line: split, file, reason; for an annotation
-    split, place, annotation, image, reason, left_out."""
+    """JSON-lines file for what cannot be used: split, file, reason. For an annotation: split, place,
+    annotation, image, reason, left_out."""
     image_size: int = 224
-    """Images with a side shorter than this are counted; training enlarges them."""
+    """Count images with a side shorter than this many pixels. Training enlarges them."""
     num_classes: Annotated[int | None, tyro.conf.arg(aliases=["--data.num-classes"])] = None
-    """Of masks: how many classes there are, where no file names them."""
+    """Number of classes of masks, if no file names them."""
     names: Annotated[Path | None, tyro.conf.arg(aliases=["--data.names"])] = None
-    """Of masks: a text file with a class name a line. None: DIR/classes.txt if it is there."""
+    """Text file with one class name per line, for masks. Default: DIR/classes.txt if it exists."""
     ignored: Annotated[int | None, tyro.conf.arg(aliases=["--data.ignored"])] = IGNORED
-    """Of masks: the number that marks pixels without a label."""
+    """Value that marks unlabelled pixels in masks."""
     zero_is_no_label: Annotated[bool, tyro.conf.arg(aliases=["--data.zero-is-no-label"])] = False
-    """Of masks: 0 marks pixels without a label, and the classes count from 1."""
+    """Treat 0 in masks as unlabelled; the classes then start at 1."""
     values: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--data.values"])] = ()
-    """Of masks: the number that each class is stored as, such as 0 255; empty: they follow one another."""
+    """Value that masks store for each class, such as 0 255. Empty: consecutive numbers."""
     annotations: Path | None = None
-    """Of COCO: an instances file, of which DIR holds the images; replaces the search."""
+    """COCO instances file for the images in DIR. It replaces the search."""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:

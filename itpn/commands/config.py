@@ -15,12 +15,12 @@ def read_config(program: str, arguments: list[str]) -> Recipe:
         case [] | ["-h" | "--help", *_]:
             print(
                 f"usage: {program} CONFIG [--field value …]\n\n"
-                "CONFIG is a file, or a name that `itpn configs` lists.\n"
+                "CONFIG is a config file, or a name that `itpn configs` lists.\n"
                 f"`{program} CONFIG --help` lists the fields."
             )
             raise SystemExit(0 if arguments else 2)
         case [name, *_] if name.startswith("-"):
-            raise UserError(f"the config comes first, before {name}: {program} CONFIG [--field value …]")
+            raise UserError(f"give the config before {name}: {program} CONFIG [--field value …]")
         case [name, *overrides]:
             config = load(find(name))
             return parse(type(config), overrides, f"{program} {name}", config)

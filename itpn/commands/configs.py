@@ -15,7 +15,7 @@ from itpn.recipes.lookup import config_files, packaged
 
 USAGE = """usage: itpn configs [--markdown]
 
-Lists the packaged configs, then those under ./configs. `itpn info NAME` counts any of them.
+Lists the packaged configs, then those under ./configs. `itpn info NAME` counts the parameters of any of them.
 """
 
 

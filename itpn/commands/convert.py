@@ -23,14 +23,15 @@ from itpn.weights.translate import write_back
 
 @dataclass(frozen=True, kw_only=True)
 class Convert(Reading):
-    """Translate a released checkpoint of HiViT, iTPN or Fast-iTPN to one safetensors file with its config."""
+    """Convert a released checkpoint of HiViT, iTPN or Fast-iTPN to a safetensors file with its config."""
 
     source: Annotated[Path, tyro.conf.Positional]
-    """A .pth or .safetensors file: the authors', mmpretrain's, a detector's or segmentor's, or ours."""
+    """Checkpoint to read (.pth or .safetensors): the authors', mmpretrain's, a detector's or segmenter's, or
+    one of itpn."""
     out: Annotated[Path, tyro.conf.Positional]
-    """The safetensors file to write; one that itpn wrote is replaced."""
+    """Safetensors file to write. An existing file is replaced only if itpn wrote it."""
     to: str | None = None
-    """Write a file of ours back under the names of a family: official-pixel, official-clip, official-fast,
+    """Convert an itpn file back to the names of this family: official-pixel, official-clip, official-fast,
     official-detection, official-segmentation, mmpretrain-itpn or mmpretrain-hivit."""
 
 

@@ -22,15 +22,19 @@ from itpn.weights import files
 
 @dataclass(frozen=True)
 class Demo:
-    """Pre-train a nano iTPN on the bundled sample, pixels and features, and fine-tune the weights that ship
-    with itpn beside a start from scratch: some minutes on two CPU cores."""
+    """Pre-train a nano iTPN on the bundled sample, then fine-tune it with and without pre-training. Takes
+    some minutes on two CPU cores.
+
+    Pre-training is on pixels and features. Fine-tuning starts once from the weights that ship with itpn, and
+    once from scratch.
+    """
 
     directory: Path = Path("runs/demo")
-    """Where the images and the run go. The same folder again shows its results; another one starts anew."""
+    """Folder for the sample images and the runs. With a finished demo, its results are shown again."""
     epochs: int | None = None
-    """Passes over the images, for pre-training; the config's own number if not given."""
+    """Number of pre-training epochs. Default: the config's."""
     fine_epochs: int | None = None
-    """The same for each fine-tuning."""
+    """Number of epochs of each fine-tuning. Default: the config's."""
 
 
 def run(arguments: list[str]) -> None:

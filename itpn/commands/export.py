@@ -26,31 +26,33 @@ ENDINGS: dict[Format, str] = {"safetensors": ".safetensors", "onnx": ".onnx", "t
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a model, or a part of it, for other programs; it is read back and compared with PyTorch.
+    """Export a model, or a part of it, for other programs. The file is read back and compared with PyTorch.
 
     Images go in normalised, [B, 3, H, W] in float32; the file's metadata has mean and std. The batch is free,
     the image size fixed.
     """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FILE")]
-    """A run directory, or a .safetensors file of ours."""
+    """Run directory, or .safetensors file written by itpn."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """The file to write, ending in .safetensors, .onnx or .pt2; one that itpn wrote is replaced."""
+    """File to write, ending in .safetensors, .onnx or .pt2. An existing file is replaced only if itpn wrote
+    it."""
     format: Format | None = None
-    """What to write: safetensors for itpn itself, ONNX, or torch.export. Default: by the ending of OUT."""
+    """Format to write: safetensors for itpn itself, ONNX, or torch.export. Default: given by the extension of
+    OUT."""
     part: Part | None = None
-    """backbone: maps c4, c8, c16. pyramid: maps p4, p8, p16. classifier: logits. Default: the last of these
-    that there is."""
+    """Part to export. backbone: maps c4, c8, c16. pyramid: maps p4, p8, p16. classifier: logits. Default: the
+    last of these that the file holds."""
     image_size: tuple[str, ...] = ()
-    """Pixels per side, or height x width: 224, or 320x256. Several write a file each, OUT-HxW. Default: the
-    model's own."""
+    """Image size in pixels: a side (224) or height x width (320x256). Each size of several is written to a
+    file OUT-HxW. Default: the model's."""
     levels: Literal[3, 5] = 3
-    """Maps of the pyramid; 5 adds p32 and p64, pooled as for the authors' detectors."""
+    """Number of pyramid levels. 5 adds p32 and p64, pooled as in the authors' detectors."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every file that one command writes has in common."""
+    """Options that all files of one export share."""
 
     weights: Weights
     part: Part
@@ -104,7 +106,7 @@ def _size(text: str) -> Size:
 
 
 def _parts(weights: Weights) -> list[Part]:
-    """What the file holds, the default last."""
+    """Lists the parts that the file holds, the default last."""
     held: list[Part] = ["backbone"]
     if weights.part("model", ModelConfig).pyramid:
         held.append("pyramid")

@@ -22,37 +22,36 @@ NUM_NAMED = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Say what images show, with scores, what is where in them, or what each of their pixels shows; or what
-    they are like, as embeddings."""
+    """Predict labels, objects, label maps or embeddings for images."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A run directory, a .safetensors file of ours, a folder of save_pretrained, or a Hub id."""
+    """Run directory, .safetensors file written by itpn, folder written by save_pretrained, or Hub id."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files, and folders, of which all images below are taken; but never pictures that itpn wrote."""
+    """Image files, or folders to search for images. Pictures that itpn wrote are skipped."""
     top: int = 5
-    """Labels per image, the best first."""
+    """Number of labels per image, best first."""
     out: Path | None = None
-    """Folder for pictures of the images with their labels, 24 on a sheet: predictions-001.png and so on. Of a
-    detector or segmenter a picture for each image, of a segmenter also labels/ with a PNG of class ids; not
-    given: predictions/."""
+    """Folder for pictures. A classifier's images are drawn with their labels on sheets of 24,
+    predictions-001.png and so on. A detector or segmenter draws one picture per image; a segmenter also
+    writes label maps to labels/. Default: predictions/ for detectors and segmenters."""
     json: Path | None = None
-    """File for a JSON object per image, one a line: path, labels, scores; or a segmenter's shares. Of a
-    detector an instances file as COCO's, of the objects found, with scores."""
+    """File for the predictions. A classifier or segmenter writes one JSON object per line: path, and labels
+    with scores or class shares. A detector writes a COCO instances file with scores."""
     min_score: float = 0.5
-    """Of a detector: what has a lower score is left out."""
+    """Lowest score of a detection that is kept."""
     embeddings: Path | None = None
-    """File ending in .npy for the pooled features, [images, channels] in fp32; a .txt beside it has the
-    paths, one a line."""
+    """.npy file for the pooled features, [images, channels] in fp32. A .txt file beside it lists the
+    paths."""
     batch_size: int = 16
-    """Images at a time."""
+    """Images per forward pass."""
     image_size: tuple[int, int] | None = None
-    """Height and width in pixels; what the model was trained for if not given."""
+    """Height and width in pixels. Default: the training size."""
     mode: Literal["slide", "whole"] | None = None
-    """Of a segmenter: look at images in windows, or whole. Not given: as it was evaluated."""
+    """Inference of a segmenter: in sliding windows, or on the whole image. Default: as it was evaluated."""
     flip: bool = False
-    """Of a segmenter: look at each image mirrored, too."""
+    """Average a segmenter's prediction with that of the mirrored image."""
     device: DeviceName = "auto"
-    """Where to compute."""
+    """Device to run on."""
 
     def __post_init__(self) -> None:
         if self.top < 1 or self.batch_size < 1 or min(self.image_size or (1,)) < 1:

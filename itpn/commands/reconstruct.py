@@ -23,22 +23,22 @@ from itpn.tasks.pretrain import load_objective, picture_of
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruct:
-    """Show original, masked image, reconstruction and the pyramid's maps of any images."""
+    """Draw images beside their masked version, their reconstruction and the pyramid's maps."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """A run directory, one of its checkpoints' model.safetensors, or a file with decoder."""
+    """Run directory, a checkpoint's model.safetensors, or a weights file that includes the decoder."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files; a folder stands for the first of its images."""
+    """Image files, or a folder, whose first images are used."""
     out: Path = Path("reconstruction.png")
     """Picture to write."""
     num: int = 8
-    """Images taken from a folder."""
+    """Number of images to use from a folder."""
     mask_ratio: float | None = None
-    """Share of the units that are hidden; as in training if not given."""
+    """Share of hidden units. Default: as in training."""
     seed: int = 0
-    """Draws the masks."""
+    """Random seed of the masks."""
     device: DeviceName = "auto"
-    """Where to compute."""
+    """Device to run on."""
 
     def __post_init__(self) -> None:
         if self.num < 1:

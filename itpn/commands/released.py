@@ -16,12 +16,12 @@ from itpn.weights.wrappings import Wanted
 
 @dataclass(frozen=True, kw_only=True)
 class Reading(Given, Wanted):
-    """How to read a checkpoint of another library, where it does not tell."""
+    """Options for reading a checkpoint of another library."""
 
     family: str | None = None
-    """The family that the source is of, where its keys do not tell."""
+    """Family of the source, if its keys do not show it."""
     leave_out: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    """Keys of the source to leave out, as patterns such as 'extra.*'; may be given several times."""
+    """Pattern of keys to leave out, such as 'extra.*'. Repeat the option for several patterns."""
 
 
 def read_released(path: Path, reading: Reading) -> tuple[Foreign, Translated]:

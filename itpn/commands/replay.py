@@ -20,14 +20,14 @@ NUM_NAMED = 8
 
 @dataclass(frozen=True)
 class Replay:
-    """Take the step again at which a run's loss or gradient was not finite, from the weights before it."""
+    """Repeat the step at which a run's loss or gradient was not finite, from the weights before it."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """The run's directory, or the replay/ in it."""
+    """Run directory, or its replay/ folder."""
     root: Path | None = None
-    """Where the images are, if they have moved since."""
+    """Folder of the images, if they have moved since."""
     device: DeviceName = "auto"
-    """Where to compute; the same values come out on the kind that the run was on."""
+    """Device to run on. Values repeat exactly on the kind of device that trained."""
 
 
 def run(arguments: list[str]) -> None:

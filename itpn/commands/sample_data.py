@@ -17,9 +17,9 @@ class SampleData:
     """Write the bundled sample as three data sets in the formats of ImageNet, COCO and ADE20K."""
 
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Where to write; it is made if it does not exist."""
+    """Folder to write to. It is created if it does not exist."""
     seed: int = 0
-    """Draws backgrounds, sizes and places; the same seed writes the same files."""
+    """Random seed of backgrounds, sizes and places. The same seed writes the same files."""
 
     def __post_init__(self) -> None:
         if self.seed < 0:

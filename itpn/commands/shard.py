@@ -24,21 +24,23 @@ PER_SHARD = 1000
 class Options:
     """Write the images of a folder as tar shards in the WebDataset layout, train and val, files unchanged.
 
+    Samples are shuffled once, so that neighbours are not all of one class.
+
     Samples are shuffled once on the way, so that neighbours are not of one class.
     """
 
     directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Images as training finds them: DIR/train and DIR/val, or DIR itself."""
+    """Folder of images, as for training: DIR/train and DIR/val, or DIR itself."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """A new or empty folder, which will hold OUT/train and, if there is such a split, OUT/val."""
+    """New or empty folder to write to. It will hold OUT/train and, if there is such a split, OUT/val."""
     per_shard: int | None = None
-    """Images in a shard; 1000 unless --megabytes says how large shards are."""
+    """Images per shard. Default: 1000, unless --megabytes is given."""
     megabytes: int | None = None
-    """Largest shard, in millions of bytes; one image may exceed it."""
+    """Largest size of a shard in millions of bytes. A single image may exceed it."""
     list: Path | None = None
-    """Text file with one image path a line; replaces the search, and only train is written."""
+    """Text file with one image path per line. It replaces the search, and only train is written."""
     seed: int = 0
-    """Draws the order; the same seed writes the same shards."""
+    """Random seed of the shuffle. The same seed writes the same shards."""
 
     def __post_init__(self) -> None:
         if any(number is not None and number < 1 for number in (self.per_shard, self.megabytes)):

@@ -56,10 +56,10 @@ CHECKPOINT is a file of weights or a run directory; without it, the config's own
 @dataclass(frozen=True, kw_only=True)
 class Options:
     out: Path = Path("evaluation")
-    """Folder for report.json and, of whatever is fine-tuned, pictures/. Older ones that itpn wrote there are
+    """Folder for report.json and, after fine-tuning, pictures/. Older files that itpn wrote there are
     replaced."""
     FILES: ClassVar[tuple[str, ...]] = ("report.json",)
-    """What is written there."""
+    """Names of the files written to `out`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +68,10 @@ class TestClassify(Options):
 
     FILES = ("report.json", "pictures/confusion.png")
     protocol: Protocol = "finetuned"
-    """finetuned: the classifier that the file holds. linear: a linear classifier fitted to frozen features of
-    the training images. knn: their nearest neighbours."""
+    """finetuned: the fine-tuned classifier in the file. linear: a linear probe on frozen features of the
+    training images. knn: k-nearest neighbours among them."""
     save_predictions: Path | None = None
-    """File for every image's path, label, guesses and scores, a JSON object a line."""
+    """JSON-lines file for each image's path, label, predicted labels and scores."""
     recipe: Annotated[Classify, tyro.conf.arg(name="")]
 
 
@@ -80,24 +80,24 @@ class TestPretrain(Options):
     """Evaluate frozen features on the validation images of a config: --protocol linear or knn."""
 
     protocol: Protocol = "finetuned"
-    """linear: a linear classifier fitted to frozen features of the training images. knn: their nearest
-    neighbours."""
+    """linear: a linear probe on frozen features of the training images. knn: k-nearest neighbours among
+    them."""
     recipe: Annotated[Pretrain, tyro.conf.arg(name="")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TestDetect(Options):
-    """Evaluate a detector on the validation images of a config: COCO's numbers of boxes and masks."""
+    """Evaluate a detector on the validation images of a config, with COCO's metrics for boxes and masks."""
 
     FILES = ("report.json", "pictures/detections.png")
     save_predictions: Path | None = None
-    """File for all detections, as COCO's results."""
+    """File for all detections, in COCO's results format."""
     recipe: Annotated[Detect, tyro.conf.arg(name="")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TestSegment(Options):
-    """Evaluate a segmenter on the validation images of a config, looked at as --inference says."""
+    """Evaluate a segmenter on the validation images of a config, with the --inference settings."""
 
     FILES = ("report.json", "pictures/segmentation.png")
     recipe: Annotated[Segment, tyro.conf.arg(name="")]

@@ -33,10 +33,10 @@ class DetectionDataConfig:
     train_annotations: Path | None = None
     """COCO instances file of the training images; None: ROOT/annotations/instances_train2017.json."""
     val_images: Path | None = None
-    """Folder of the images to evaluate on; None: ROOT/val2017. With neither that nor the file below, a share
-    of the training images is held out."""
+    """Folder of the validation images. None: ROOT/val2017. Without it and val_annotations, a share of the
+    training images is held out."""
     val_annotations: Path | None = None
-    """COCO instances file of the images to evaluate on; None: ROOT/annotations/instances_val2017.json."""
+    """COCO instances file of the validation images. None: ROOT/annotations/instances_val2017.json."""
     scale: MultiScale = field(default_factory=MultiScale)
     single_class: bool = False
     """Take all objects for one class, "object": find where things are, not what they are."""

@@ -39,19 +39,21 @@ class DataConfig:
     root: Path = Path("data/imagenet")
     """Folder of images; ROOT/train is used where it exists."""
     list: Path | None = None
-    """Text file with one image path a line, relative to the root or to the file; replaces the search."""
+    """Text file with one image path per line, relative to the root or to the file. It replaces the search."""
     min_scale: float = 0.2
-    """Smallest share of an image's area that a random crop covers."""
+    """Smallest share of an image's area in a random resized crop."""
     flip: float = 0.5
     """Probability of mirroring an image."""
     colour_jitter: float = 0.0
-    """Brightness, contrast and saturation change by factors from 1 - this to 1 + this, in random order."""
+    """Strength s of the colour jitter: brightness, contrast and saturation change by factors from 1 - s to 1
+    + s."""
     randaugment: str = ""
-    """RandAugment by timm's string, such as rand-m9-mstd0.5-inc1; empty: none."""
+    """RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1. Empty: none."""
     max_bad_share: float = 0.05
-    """Share of the training images so far that may be unreadable, and are replaced; more stop the run."""
+    """Largest share of the training images so far that may be unreadable. They are replaced; more stop the
+    run."""
     workers: int | None = None
-    """Processes that load images, per rank; None: what suits the machine, 0: load in the training process."""
+    """Number of loading processes per rank. None: chosen for the machine. 0: load in the training process."""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_scale <= 1:

@@ -36,53 +36,55 @@ Format = Literal["ade20k", "masks"]
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationDataConfig:
-    """Where labelled images are, and what training makes of them; numbers as published for ADE20K."""
+    """Location and augmentation of images with label maps. Defaults are the published values for ADE20K."""
 
     root: Path = Path("data/ADEChallengeData2016")
     """Folder of the data set."""
     format: Format = "ade20k"
-    """How it is laid out: as ADE20K, or as images/train beside labels/train, and val (masks)."""
+    """Layout of the data set: ADE20K's, or images/train beside labels/train, and val (masks)."""
     num_classes: int | None = None
-    """Of masks: how many classes there are, where no file names them."""
+    """Number of classes of masks, if no file names them."""
     names: Path | None = None
-    """Of masks: a text file with a class name a line. None: ROOT/classes.txt if it is there."""
+    """Text file with one class name per line, for masks. None: ROOT/classes.txt if it exists."""
     ignored: int | None = IGNORED
-    """Of masks: the number that marks pixels without a label. None: every pixel has one."""
+    """Value that marks unlabelled pixels in masks. None: every pixel is labelled."""
     zero_is_no_label: bool = False
-    """Of masks: 0 marks pixels without a label, and the classes count from 1."""
+    """Treat 0 in masks as unlabelled; the classes then start at 1."""
     values: tuple[int, ...] = ()
-    """Of masks: the number that each class is stored as, such as 0 255, which then is not ignored; empty:
-    they follow one another."""
+    """Value that masks store for each class, such as 0 255. A listed value is never ignored. Empty:
+    consecutive numbers."""
     short: int = 512
-    """Images are scaled, as far as fits, until the shorter side has this many pixels …"""
+    """Target length of the shorter side in pixels. Images are scaled to fit it and `long`."""
     long: int = 2048
-    """… and the longer one this many; then, for training, by the ratio."""
+    """Target length of the longer side in pixels. Training then scales by `ratio`."""
     ratio: tuple[float, float] = (0.5, 2.0)
-    """Smallest and largest factor, uniformly drawn, by which training scales further."""
+    """Range of the uniform random scale in training."""
     crop: Size = (512, 512)
-    """Height and width of the part that training sees."""
+    """Height and width of the training crops."""
     max_class_share: float = 0.75
-    """A crop is drawn again, up to nine times, if one class has this share of its labels; 1: never."""
+    """Largest share of one class among a crop's labels. Above it, the crop is redrawn up to nine times. 1:
+    never."""
     flip: float = 0.5
-    """Probability of mirroring."""
+    """Probability of mirroring an image."""
     brightness: float = 32.0
-    """Largest number, of 255, that is added to all pixels or taken away; with probability one half, as each
-    of the next three."""
+    """Largest change of brightness, on a scale of 255. Applied with probability 0.5, as are the next
+    three."""
     contrast: float = 0.5
-    """All pixels are multiplied by 1 - this to 1 + this."""
+    """Strength s of the contrast change, a factor from 1 - s to 1 + s."""
     saturation: float = 0.5
-    """The same for the saturation."""
+    """Strength s of the saturation change, a factor from 1 - s to 1 + s."""
     hue: float = 18.0
-    """Largest turn of the hue, in degrees."""
+    """Largest rotation of the hue, in degrees."""
     padding: tuple[int, int, int] = (124, 116, 104)
-    """Colour at the right and below of an image that is smaller than the crop: ImageNet's mean, which becomes
-    0 when it is normalised."""
+    """Padding colour of images smaller than the crop. The default is ImageNet's mean, which normalises to
+    0."""
     skip_bad: bool = False
-    """Leave out images that cannot be used (unreadable, no or wrong labels), instead of stopping at one."""
+    """Leave out images that cannot be used (unreadable, or no or wrong labels) instead of stopping at the
+    first."""
     max_bad_share: float = 0.05
-    """Share of the training images so far that may be left out; more stop the run."""
+    """Largest share of the training images so far that may be left out. More stop the run."""
     workers: int | None = None
-    """Processes that load images, per rank; None: what suits the machine, 0: load in the training process."""
+    """Number of loading processes per rank. None: chosen for the machine. 0: load in the training process."""
 
     def __post_init__(self) -> None:
         if not 1 <= (1 if self.num_classes is None else self.num_classes) <= MAX_CLASSES:

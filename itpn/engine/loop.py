@@ -31,48 +31,50 @@ from itpn.errors import UserError
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     epochs: int | None = None
-    """Passes over the images; the schedule spans them."""
+    """Passes over the training images. The learning-rate schedule spans them."""
     iterations: int | None = None
-    """Optimiser steps, in place of epochs. Whatever is done every so many epochs is then counted in steps."""
+    """Optimiser steps, instead of epochs. Intervals in epochs then count steps."""
     batch_size: int
-    """Images per optimiser step, over all ranks and accumulation: results do not depend on the hardware."""
+    """Images per optimiser step, over all ranks and gradient accumulation. Results do not depend on the
+    hardware."""
     device_batch: int | None = None
-    """Images a device takes at once. Default: 16 on a CPU, on CUDA 512 halved until the first step fits."""
+    """Images per device and forward pass. Default: 16 on a CPU. On CUDA, 512 halved until the first step
+    fits."""
     device: DeviceName = "auto"
-    """Where to train."""
+    """Device to train on."""
     strategy: Strategy = "ddp"
-    """How ranks share the work: each with the whole model (ddp), or with a share of its parameters, gradients
-    and optimiser state (fsdp), for a model that outgrows a device."""
+    """Distribution over ranks. ddp: each rank holds the whole model. fsdp: parameters, gradients and
+    optimiser state are sharded, for models that exceed one device."""
     precision: Precision = "auto"
-    """Of the forward pass; auto is bf16 (fp16 on older GPUs) on CUDA, fp32 elsewhere."""
+    """Precision of the forward pass. auto: bf16 on CUDA (fp16 on older GPUs), fp32 elsewhere."""
     compile: bool = False
     """Compile each block with torch.compile."""
     deterministic: bool = False
-    """Restarts repeat bit by bit on CUDA too, where it costs some speed; on a CPU they always do."""
+    """Make resumed runs bit-identical on CUDA too, at some cost in speed. On a CPU they always are."""
     clip_grad: float | None = None
-    """Largest norm of the whole gradient."""
+    """Largest norm of the gradient, over all parameters. None: no clipping."""
     skip_bad_steps: int = 0
-    """Steps in a row with a loss or gradient that is not finite to leave out before training stops."""
+    """Number of consecutive steps with a non-finite loss or gradient to skip before training stops."""
     seed: int = 0
-    """Of everything random."""
+    """Random seed."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int | None = None
-    """Epochs between checkpoints; without it checkpoint_minutes decides."""
+    """Epochs between checkpoints. None: checkpoint_minutes decides alone."""
     checkpoint_minutes: float = 10.0
-    """Minutes between checkpoints, also in the middle of an epoch."""
+    """Minutes between checkpoints, also within an epoch."""
     keep_last: int = 3
-    """Checkpoints to keep."""
+    """Number of latest checkpoints to keep."""
     keep_every: int | None = None
-    """Keep for good the checkpoints of every so many epochs."""
+    """Keep a checkpoint permanently every this many epochs."""
     picture_every: int = 10
-    """Epochs between pictures; 0: none."""
+    """Epochs between pictures. 0: none."""
     run_dir: Path | None = None
-    """Where the run is written, and resumed from. Default: runs/NAME."""
+    """Directory that the run writes to and resumes from. Default: runs/NAME."""
     force: bool = False
-    """Go on with a run though the config or the images are not those that it began with."""
+    """Resume even if the config or images changed."""
     max_steps: int | None = None
-    """Stop after this step, with a checkpoint, as if interrupted."""
+    """Stop after this step with a checkpoint, as if interrupted."""
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.iterations is None):

@@ -26,18 +26,19 @@ class AdamWConfig:
     base_lr: float = 1.5e-4
     """Peak learning rate per 256 images of the global batch."""
     lr: float | None = None
-    """Peak learning rate itself; where given, base_lr is not used."""
+    """Peak learning rate itself. If given, base_lr is not used."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the running means of the gradient and of its square."""
+    """Decay rates of the running means of the gradient and of its square."""
     eps: float = 1e-8
-    """Added to the denominator."""
+    """Term added to the denominator."""
     weight_decay: float = 0.05
-    """Decoupled decay of what weight_decay_rule does not exempt."""
+    """Decoupled weight decay of all parameters that weight_decay_rule does not exempt."""
     weight_decay_rule: WeightDecayRule = "sound"
-    """What is exempt. sound: vectors, position tables, relative-position tables and tokens, as also in all of
-    the authors' fine-tuning. The others are as published: itpn-pixel (pre-training on pixels, segmentation)
-    exempts vectors alone, tokens aside; itpn-clip (pre-training on CLIP, detection) also position tables;
-    those of mmpretrain go by parts of names, so that norms of some places decay, or biases."""
+    """Parameters that are exempt from weight decay. sound: vectors, position tables, relative-position tables
+    and tokens, as in all of the authors' fine-tuning. The other rules are as published. itpn-pixel
+    (pre-training on pixels, segmentation): vectors alone, without tokens. itpn-clip (pre-training on CLIP,
+    detection): position tables too. The mmpretrain rules match parts of names, so some norms or biases are
+    decayed."""
 
     def peak_lr(self, batch_size: int) -> float:
         return self.base_lr * batch_size / 256 if self.lr is None else self.lr

@@ -11,21 +11,21 @@ from itpn.errors import UserError
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     shape: Literal["cosine", "poly", "step"] = "cosine"
-    """cosine: half a cosine, from the end of the warm-up on. poly: the share of the whole run that is left,
-    to a power; the warm-up multiplies it (mmcv's, for segmentation). step: a tenth from each milestone on;
-    the warm-up multiplies it (mmcv's, for detection)."""
+    """Shape of the learning rate. cosine: half a cosine after the warm-up. poly: a power of the remaining
+    share of the run (mmcv's, for segmentation). step: divided by 10 at each milestone (mmcv's, for
+    detection). In poly and step, the warm-up multiplies the schedule."""
     power: float = 1.0
-    """Of poly; 1: a straight line."""
+    """Power of poly. 1: linear."""
     milestones: tuple[float, ...] = (9 / 12, 11 / 12)
-    """Of step: shares of the whole run. Published are these: epochs 9 and 11 of 12, 27 and 33 of 36."""
+    """Milestones of step, as shares of the whole run. Published: epochs 9 and 11 of 12; 27 and 33 of 36."""
     warmup_epochs: float | None = None
-    """Epochs of linear warm-up. None: a tenth of all."""
+    """Epochs of linear warm-up. None: a tenth of all epochs."""
     warmup_iterations: int | None = None
-    """Steps of linear warm-up, in place of warmup_epochs."""
+    """Steps of linear warm-up, instead of warmup_epochs."""
     start_factor: float = 0.0
-    """The warm-up begins at this share of the peak learning rate."""
+    """Learning rate at the start of the warm-up, as a share of the peak."""
     min_lr: float = 0.0
-    """Where the cosine, or the poly, ends; in steps it is the least."""
+    """Final learning rate of cosine and poly, and lower bound in step."""
 
     def __post_init__(self) -> None:
         if self.warmup_epochs is not None and self.warmup_iterations is not None:

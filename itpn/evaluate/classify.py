@@ -18,12 +18,12 @@ NUM_BINS = 15
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """Of all images of a split, in its order."""
+    """Predictions for all images of a split, in its order."""
 
     index: Tensor
     """The image's number in the split: long [n]."""
     labels: Tensor
-    """The true class: long [n]; -1 where there is none, or the image cannot be read."""
+    """The true class: long [n]; -1 if it is unknown or the image cannot be read."""
     logits: Tensor
     """fp32 [n, classes]."""
 
@@ -43,7 +43,7 @@ class ClassResult(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Report:
-    """What predictions are worth. Shares and accuracies are in 0..1.
+    """Quality of the predictions. Shares and accuracies are in 0..1.
 
     An unreadable image is wrong in `top1` and `top5`; the rest is of the images that could be read.
     """

@@ -23,13 +23,13 @@ MAX_SIMILARITIES = 1 << 26
 @dataclass(frozen=True, kw_only=True)
 class KnnConfig:
     every: int = 0
-    """Epochs between evaluations; 0: never."""
+    """Epochs between evaluations. 0: never."""
     root: Path | None = None
-    """Folder with train and val, in class folders; None: the folder of the training images."""
+    """Folder with train and val in class folders. None: the folder of the training images."""
     k: int = 20
-    """Neighbours that vote."""
+    """Number of neighbours that vote."""
     temperature: float = 0.07
-    """Similarity over this is a neighbour's log weight."""
+    """Temperature of the vote. A neighbour's weight is exp(similarity / temperature)."""
     batch_size: int = 64
     """Images per rank and forward pass."""
 

@@ -28,9 +28,9 @@ HELD_OUT = 10
 @dataclass(frozen=True, kw_only=True)
 class LinearConfig:
     l2: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-    """Strengths to choose from: half of it times the sum of squared weights is added to the loss."""
+    """L2 strengths to choose from. Half of one, times the sum of squared weights, is added to the loss."""
     max_steps: int = 500
-    """Iterations of L-BFGS at most."""
+    """Largest number of L-BFGS iterations."""
     batch_size: int = 64
     """Images per rank and forward pass."""
 

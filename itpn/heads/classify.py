@@ -13,12 +13,13 @@ from itpn.nn.hivit import HiViT
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig:
     num_classes: int = 1000
-    """Classes to tell apart. Training sets it to the number of class folders."""
+    """Number of classes. Training sets it to the number of class folders."""
     pooling: Literal["mean-norm", "norm-mean", "mean"] = "mean-norm"
-    """From tokens to one vector: the mean and then a LayerNorm (the authors' recipes), a LayerNorm of each
-    token and then the mean (Fast-iTPN's other form), or the mean alone (mmpretrain's HiViT)."""
+    """Pooling of tokens to one vector. The authors' recipes take the mean and apply LayerNorm. Fast-iTPN's
+    other form applies LayerNorm per token and takes the mean. mmpretrain's HiViT takes the mean alone."""
     init_std: float = 2e-5
-    """Deviation of the linear layer's starting weights: 2e-5 on pixels, 0.02 on CLIP, 2e-4 in Fast-iTPN."""
+    """Standard deviation of the linear layer's initial weights: 2e-5 on pixels, 0.02 on CLIP, 2e-4 in
+    Fast-iTPN."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_classes <= 1_000_000:

@@ -20,14 +20,13 @@ from itpn.nn.pyramid import Model, ModelConfig, detection_maps
 @dataclass(frozen=True, kw_only=True)
 class DetectorConfig:
     num_classes: int = 80
-    """Classes to tell apart; the background is not among them. Training sets it to the number that
-    the annotations have."""
+    """Number of classes, without the background. Training sets it to the number in the annotations."""
     masks: bool = True
     """Predict masks as well as boxes."""
     mean: tuple[float, ...] | None = None
-    """Mean of each image channel, in 0..1. None: what the starting weights saw, else ImageNet's."""
+    """Mean of each image channel, in 0..1. None: as for the initial weights, else ImageNet's."""
     std: tuple[float, ...] | None = None
-    """Standard deviation of each image channel, in 0..1. None: what the starting weights saw, else
+    """Standard deviation of each image channel, in 0..1. None: as for the initial weights, else
     ImageNet's."""
     proposals: ProposalConfig = field(default_factory=ProposalConfig)
     regions: RegionConfig = field(default_factory=RegionConfig)

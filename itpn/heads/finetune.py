@@ -18,12 +18,12 @@ from itpn.nn.normalise import Normalise
 class FinetuneConfig:
     mix: MixConfig = field(default_factory=MixConfig)
     average: float = 0.0
-    """Decay of a moving average of the weights, which is then what is evaluated and kept (0.9999 in
-    Fast-iTPN); at most (t + 1) / (t + 10) at step t, so that the start is soon forgotten. 0: no average."""
+    """Decay of a moving average of the weights, which is evaluated and saved (0.9999 in Fast-iTPN). At step t
+    it is at most (t + 1) / (t + 10), so the start is soon forgotten. 0: no average."""
     mean: tuple[float, ...] | None = None
-    """Mean of each image channel, in 0..1. None: what the starting weights saw, else ImageNet's."""
+    """Mean of each image channel, in 0..1. None: as for the initial weights, else ImageNet's."""
     std: tuple[float, ...] | None = None
-    """Standard deviation of each image channel, in 0..1. None: what the starting weights saw, else
+    """Standard deviation of each image channel, in 0..1. None: as for the initial weights, else
     ImageNet's."""
 
     def __post_init__(self) -> None:

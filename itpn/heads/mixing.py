@@ -28,20 +28,23 @@ NUM_TRIES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class MixConfig:
-    """The published values are for ImageNet; for few images of one's own, weaker ones or none are better."""
+    """Mixup, CutMix, random erasing and label smoothing. The published values are for ImageNet. Small data
+    sets need weaker ones or none."""
 
     mixup: float = 0.8
-    """Mixup's alpha: two images and their labels are blended by a share from Beta(alpha, alpha); 0: never."""
+    """Alpha of Mixup: two images and their labels are blended by a share from Beta(alpha, alpha). 0:
+    never."""
     cutmix: float = 1.0
-    """CutMix's alpha: the partner fills a box of a share of the area from Beta(alpha, alpha); 0: never."""
+    """Alpha of CutMix: a box of the partner, its area share from Beta(alpha, alpha), is pasted in. 0:
+    never."""
     prob: float = 1.0
-    """Probability that a pair of images is mixed at all."""
+    """Probability that a pair of images is mixed."""
     switch_prob: float = 0.5
-    """Probability of CutMix, where both are on."""
+    """Probability of CutMix rather than Mixup, if both are on."""
     erasing: float = 0.25
-    """Probability that a box of an image is replaced by noise; 0: never."""
+    """Probability of replacing a box of an image by noise (random erasing). 0: never."""
     smoothing: float = 0.1
-    """Share of a label that is spread evenly over all classes; 0: none."""
+    """Label smoothing: share of a label that is spread evenly over all classes. 0: none."""
 
     def __post_init__(self) -> None:
         for name in ("mixup", "cutmix"):

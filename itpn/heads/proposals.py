@@ -19,32 +19,34 @@ STRIDES = (4, 8, 16, 32, 64)
 
 @dataclass(frozen=True, kw_only=True)
 class ProposalConfig:
-    """Defaults are the published ones of Mask R-CNN."""
+    """Region proposals. Defaults are the published ones of Mask R-CNN."""
 
     anchor_scale: float = 8.0
-    """Side of the square anchor in strides of its map: 8 makes anchors of 32 to 512 pixels."""
+    """Side of the square anchor in strides of its map. 8 gives anchors of 32 to 512 pixels."""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    """Height over width of the anchors at every place."""
+    """Aspect ratios (height / width) of the anchors at each location."""
     positive_iou: float = 0.7
-    """An anchor that overlaps an object at least so much is one; the best anchor of each object always is."""
+    """Lowest IoU with an object that makes an anchor positive. The best anchor of each object is always
+    positive."""
     negative_iou: float = 0.3
-    """An anchor that overlaps every object less is background."""
+    """IoU with every object below which an anchor is background."""
     num_sampled: int = 256
-    """Anchors of each image to train on."""
+    """Number of anchors per image to train on."""
     positive_fraction: float = 0.5
-    """Share of them that may be objects."""
+    """Largest share of positives among them."""
     num_before_nms: tuple[int, int] = (2000, 1000)
-    """Proposals of each map that are compared with one another, in training and in prediction."""
+    """Number of proposals per map that enter NMS, in training and in prediction."""
     num_proposals: tuple[int, int] = (1000, 1000)
-    """Proposals of each image, in training (2000 for the published cascade) and in prediction."""
+    """Number of proposals per image, in training (2000 for the published cascade) and in prediction."""
     nms_iou: float = 0.7
-    """A proposal is dropped if a better one of the same map overlaps it more."""
+    """IoU with a better proposal of the same map above which a proposal is dropped."""
     objectness_weight: float = 1.0
-    """Weight of the loss that tells objects from background."""
+    """Weight of the objectness loss."""
     box_weight: float = 1.0
     """Weight of the box loss."""
     box_beta: float = 0.0
-    """Below it the box loss is a square, above it absolute; the published cascade has 1/9."""
+    """Beta of the smooth-L1 box loss, its transition from square to absolute. The published cascade has
+    1/9."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.negative_iou <= self.positive_iou <= 1 or not 0 < self.nms_iou <= 1:

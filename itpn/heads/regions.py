@@ -19,33 +19,33 @@ from itpn.heads.towers import BoxHead, HeadConfig, MaskHead, of_class
 
 @dataclass(frozen=True, kw_only=True)
 class RegionConfig:
-    """Defaults are the published ones. Mask R-CNN is the first stage of the cascade."""
+    """Box and mask heads. Defaults are the published ones. Mask R-CNN is the first stage of the cascade."""
 
     cascade: bool = False
-    """Three stages, each from the boxes of the one before, instead of one."""
+    """Use three stages, each starting from the boxes of the one before, instead of one."""
     stage_ious: tuple[float, ...] = (0.5, 0.6, 0.7)
-    """A box that overlaps an object at least so much is one, else background; per stage."""
+    """Lowest IoU with an object that makes a box positive, per stage. Other boxes are background."""
     stage_weights: tuple[float, ...] = (1.0, 0.5, 0.25)
     """Weight of each stage's losses."""
     stage_deviations: tuple[tuple[float, float], ...] = ((0.1, 0.2), (0.05, 0.1), (0.033, 0.067))
-    """What a predicted 1 moves the centre and the logarithm of the size by, in box sides; per stage."""
+    """Scale of the box deltas, per stage: the change of centre and log size that a prediction of 1 makes."""
     num_sampled: int = 512
-    """Boxes of each image to train on."""
+    """Number of boxes per image to train on."""
     positive_fraction: float = 0.25
-    """Share of them that may be objects."""
+    """Largest share of positives among them."""
     head: HeadConfig = field(default_factory=HeadConfig)
     class_weight: float = 1.0
-    """Weight of the cross-entropy."""
+    """Weight of the cross-entropy loss."""
     box_weight: float = 10.0
     """Weight of the GIoU loss."""
     mask_weight: float = 1.0
-    """Weight of the mask's cross-entropy."""
+    """Weight of the mask's cross-entropy loss."""
     min_score: float = 0.05
-    """Detections of a lower probability are dropped."""
+    """Lowest score of a detection that is kept."""
     nms_iou: float = 0.5
-    """A detection is dropped if a better one of the same class overlaps it more."""
+    """IoU with a better detection of the same class above which a detection is dropped."""
     num_detections: int = 100
-    """Detections of an image to keep, the best."""
+    """Largest number of detections per image; the best are kept."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.stage_ious), len(self.stage_weights), len(self.stage_deviations)}

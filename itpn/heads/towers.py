@@ -14,15 +14,15 @@ from itpn.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    """Defaults are the published ones."""
+    """Layers of the box and mask heads. Defaults are the published ones."""
 
     norm: Literal["batch", "group"] = "batch"
-    """Normalisation in the box head: over all boxes of the batch, or of each box by itself, which depends on
-    neither batch size nor ranks."""
+    """Normalisation in the box head: over all boxes of the batch, or per box. Only the latter is independent
+    of batch size and ranks."""
     num_convs: int = 4
-    """3x3 convolutions of the box head and of the mask head."""
+    """Number of 3x3 convolutions in the box head and in the mask head."""
     conv_width: int = 256
-    """Their channels."""
+    """Channels of the convolutions."""
     hidden_width: int = 1024
     """Channels of the box head's linear layer."""
 

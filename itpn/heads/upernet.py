@@ -22,28 +22,28 @@ Norm = Literal["batch", "group"]
 @dataclass(frozen=True, kw_only=True)
 class SegmenterConfig:
     num_classes: int = 150
-    """Classes that a pixel can be of. Training sets it to the number of the data's."""
+    """Number of classes. Training sets it to the number in the data."""
     width: int = 768
     """Channels inside the head."""
     pools: tuple[int, ...] = (1, 2, 3, 6)
-    """Cells per side of the coarsest map's averages (pyramid pooling)."""
+    """Grid sizes of the pyramid pooling on the coarsest map, in cells per side."""
     dropout: float = 0.1
-    """Share of the channels that are dropped before the last layer of either head."""
+    """Dropout rate of the channels before the last layer of either head."""
     norm: Norm = "batch"
-    """After every convolution: over the images that a device takes at once (of all GPUs, as published), or
-    over 32 groups of channels of one image, so that results do not depend on how many those are."""
+    """Normalisation after each convolution. batch: over the images of one forward pass, across all GPUs, as
+    published. group: over 32 groups of channels per image, so results do not depend on the batch."""
     auxiliary_width: int = 256
-    """Channels of the auxiliary head, which sees the map of stride 16 and is for training only."""
+    """Channels of the auxiliary head, which sees the map of stride 16 and is used only in training."""
     auxiliary_weight: float = 0.4
-    """What the auxiliary head's loss counts; 0: there is none."""
+    """Weight of the auxiliary head's loss. 0: no auxiliary head."""
     loss_over: Literal["labelled", "all"] = "labelled"
-    """What a sample's sum over its labelled pixels is divided by: their number (ours), or that of all its
-    pixels (published: a sample of which little is labelled counts little). The loss is the mean over
+    """Divisor of a sample's summed loss: its number of labelled pixels (ours), or of all its pixels
+    (published). The published way gives sparsely labelled samples less weight. The loss is the mean over
     samples."""
     mean: tuple[float, ...] | None = None
-    """Mean of each image channel, in 0..1. None: what the starting weights saw, else ImageNet's."""
+    """Mean of each image channel, in 0..1. None: as for the initial weights, else ImageNet's."""
     std: tuple[float, ...] | None = None
-    """Standard deviation of each image channel, in 0..1. None: what the starting weights saw, else
+    """Standard deviation of each image channel, in 0..1. None: as for the initial weights, else
     ImageNet's."""
 
     def __post_init__(self) -> None:

@@ -21,17 +21,17 @@ MAX_SCORES = 1 << 26
 @dataclass(frozen=True, kw_only=True)
 class InferenceConfig:
     mode: Literal["slide", "whole"] = "slide"
-    """Windows whose logits are averaged where they overlap, or the whole image in one pass."""
+    """Inference: sliding windows, with logits averaged where they overlap, or the whole image in one pass."""
     crop: tuple[int, int] = (512, 512)
     """Height and width of a window."""
     stride: tuple[int, int] = (341, 341)
-    """Pixels between windows, down and across; the last one lies at the border."""
+    """Pixels between windows, down and across. The last window ends at the border."""
     flip: bool = False
-    """Look at each image mirrored, too."""
+    """Average the prediction with that of the mirrored image."""
     scales: tuple[float, ...] = (1.0,)
-    """Look at each image enlarged by these factors; published with several: 0.5, 0.75, 1, 1.25, 1.5, 1.75."""
+    """Scales of multi-scale inference. Published: 0.5, 0.75, 1, 1.25, 1.5, 1.75."""
     windows_at_once: int = 8
-    """Windows in one forward pass."""
+    """Windows per forward pass."""
 
     def __post_init__(self) -> None:
         if not 1 <= min(self.crop) <= max(self.crop) <= LARGEST:

@@ -14,17 +14,16 @@ Depths = tuple[int, int, int]
 @dataclass(frozen=True, kw_only=True)
 class LayerDecayConfig:
     rate: float
-    """Learning rate of a layer over that of the layer above it. Published rates are no such number under
-    every rule and do not compare: 0.60 of "itpn" is 0.807 a layer in base, 0.55 is 0.841 in large; 0.90 of
-    "segmentation" is 0.958 in base; those of "sound", "fast" and "detection" are what they say."""
+    """Ratio of a layer's learning rate to that of the layer above it. Published rates under different rules
+    do not compare. Under "itpn", 0.60 is 0.807 per layer in base, and 0.55 is 0.841 in large. Under
+    "segmentation", 0.90 is 0.958 in base. Under "sound", "fast" and "detection", the rate is per layer."""
     rule: LayerDecayRule = "sound"
-    """What counts as a layer. sound: each residual block, with the merge that follows it; the stem and the
-    position table lie below, heads and pyramid on top. The others are as published, to repeat what was done
-    with them: itpn (fine-tuning; the layers of sound, but 13 steps of the rate from end to end, however many
-    layers there are), fast (fine-tuning of Fast-iTPN; merges are layers too), detection and segmentation
-    (merges are layers that the head's place does not count, so the last block learns faster than the head;
-    in detection position tables learn as fast as the head; segmentation spreads 13 steps over two more layers
-    than there are blocks)."""
+    """Definition of a layer. sound: each residual block, with the merge that follows it; stem and position
+    table lie below, heads and pyramid on top. The other rules reproduce published training. itpn: as sound,
+    but the rate is spread over 13 steps, however many layers there are. fast (Fast-iTPN): merges are layers
+    too. detection, segmentation: merges are layers that the head's place does not count, so the last block
+    learns faster than the head. In detection, position tables learn as fast as the head. In segmentation, 13
+    steps are spread over two more layers than there are blocks."""
 
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 1:

@@ -71,36 +71,36 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class HiViTConfig:
-    """Everything that shapes a backbone. Width, depths and heads follow from the size unless given."""
+    """Architecture of the backbone. Width, depths and heads follow from the size unless given."""
 
     size: str = "itpn_base"
-    """A row of itpn.nn.hivit.SIZES."""
+    """Name of a model size in itpn.nn.hivit.SIZES."""
     width: int | None = None
-    """Channels of stage 3; stages 1 and 2 have a quarter and a half. None: the size's."""
+    """Channels of stage 3. Stages 1 and 2 have a quarter and a half. None: the size's."""
     depths: tuple[int, int, int] | None = None
     """Blocks per stage. None: the size's."""
     num_heads: int | None = None
     """Attention heads of stage 3. None: the size's."""
     layers: Layers | None = None
-    """What the blocks are made of: HiViT's layers, or Fast-iTPN's (no norm after the stem, LayerNorm inside
-    the MLPs, a gated MLP in stage 3, biases in the merges but not for the keys, layer scale in stage 3
-    alone). None: the size's."""
+    """Layers of the blocks: HiViT's or Fast-iTPN's. Fast-iTPN has LayerNorm inside the MLPs, but no norm
+    after the stem. Its stage 3 has gated MLPs and layer scale. Its merges have biases, its keys none. None:
+    the size's."""
     image_size: int = 224
-    """Pixels per side that the position tables are made for; other sizes resample them."""
+    """Image side in pixels that the position tables are made for. Other sizes resample them."""
     patch_size: int = 16
-    """Pixels per side of a mask unit."""
+    """Side of a mask unit in pixels."""
     in_channels: int = 3
-    """Channels of an image."""
+    """Number of image channels."""
     early_mlp_ratio: float = 3.0
-    """Hidden over outer width of the MLPs in stages 1 and 2."""
+    """Ratio of hidden to outer width in the MLPs of stages 1 and 2."""
     mlp_ratio: float | None = None
-    """Hidden over outer width of the MLPs in stage 3. None: 4, or 3 for Fast-iTPN's layers."""
+    """Ratio of hidden to outer width in the MLPs of stage 3. None: 4, or 3 for Fast-iTPN's layers."""
     relative_position_bias: bool = False
-    """Give each attention block a learned bias per head and offset."""
+    """Give each attention block a learned bias per head and relative position."""
     relative_position_decomposed: bool = False
-    """Learn that bias as ViTDet does: one vector per row and per column offset, multiplied by the query."""
+    """Learn that bias as in ViTDet: one vector per row and column offset, multiplied by the query."""
     relative_image_size: int | None = None
-    """Pixels per side that the relative-position tables are made for. None: image_size."""
+    """Image side in pixels that the relative-position tables are made for. None: image_size."""
     layer_scale: float | None = None
     """Initial value of a learned scale on every residual branch. None: no scale."""
     drop_path: float = 0.0
@@ -108,28 +108,28 @@ class HiViTConfig:
     norm_eps: float = 1e-6
     """Epsilon of every LayerNorm."""
     position: Literal["sincos-column", "sincos-row", "normal"] = "sincos-column"
-    """Start of the position table: sine-cosine with the column's or the row's half first, or N(0, 0.02)."""
+    """Initial position table: sine-cosine with the column's or the row's half first, or N(0, 0.02)."""
     position_frozen: bool = False
-    """Keep the position table as it starts (the mmpretrain models do)."""
+    """Keep the position table fixed (as in the mmpretrain models)."""
     position_resampling: Literal["exact", "published"] = "exact"
-    """How the table meets another grid: bicubic by size, or by the published factor (size + 0.1) / table
-    size, which also resamples at the native size when units are dropped (an accident that the released pixel
-    weights saw)."""
+    """Resampling of the position table for another grid: bicubic by size, or by the published factor (size +
+    0.1) / table size. The published way also resamples at the native size when units are dropped, as it did
+    for the released pixel weights."""
     relative_resampling: RelativeMethod = "fraction"
-    """How relative-position tables meet another grid: an offset keeps its fraction of the picture; or the
-    table is resized like a picture, as the authors' segmentation loader does; or its far offsets are spread
-    geometrically, as BEiT's loader does."""
+    """Resampling of relative-position tables for another grid. fraction: an offset keeps its fraction of the
+    image. Otherwise the table is resized like an image (the authors' segmentation loader), or far offsets are
+    spread geometrically (BEiT's loader)."""
     stem_init: Literal["default", "xavier"] = "default"
-    """Start of the stem's weights: torch's own for a convolution, or Xavier-uniform (the mmpretrain
+    """Initial weights of the stem: PyTorch's default for a convolution, or Xavier-uniform (the mmpretrain
     models)."""
     window: int | None = None
-    """Units per side of the windows within which most of stage 3's blocks attend, for large images (ViTDet);
-    a bias spans a window as it did the whole picture. None: every unit sees all, as does where units are
-    dropped."""
+    """Side, in units, of the attention windows of most stage-3 blocks, for large images (ViTDet). A
+    relative-position bias then spans one window. None, or when units are dropped: global attention."""
     num_global_blocks: int = 4
-    """Blocks of stage 3, evenly spaced up to the last, that see all units though there are windows."""
+    """Number of stage-3 blocks with global attention despite windows, evenly spaced up to the last."""
     checkpointing: bool = False
-    """Recompute each block in the backward pass instead of storing it: less memory, a third more time."""
+    """Use activation checkpointing: recompute each block in the backward pass. It needs less memory and a
+    third more time."""
 
     def __post_init__(self) -> None:
         if self.size not in SIZES:

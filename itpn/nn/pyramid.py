@@ -29,14 +29,14 @@ class PyramidConfig:
     depth: int = 2
     """MLP blocks after each of the two top-down steps."""
     mlp_ratio: float = 4.0
-    """Hidden over outer width of the MLPs."""
+    """Ratio of hidden to outer width in the MLPs."""
     norm_eps: float = 1e-6
     """Epsilon of every LayerNorm."""
     layers: Layers = "hivit"
-    """What it is made of: linear layers without bias, or Fast-iTPN's, where laterals and splits have one and
-    the backbone's output is normalised first. Its published numbers are depth 1 and mlp-ratio 8 / 3."""
+    """Layers of the pyramid: linear without bias, or Fast-iTPN's. There, laterals and splits have a bias, and
+    the backbone's output is normalised first. Published for Fast-iTPN: depth 1, mlp-ratio 8 / 3."""
     init: Literal["normal", "xavier"] = "normal"
-    """Start of the linear layers: N(0, 0.02), or Xavier-uniform (the mmpretrain models)."""
+    """Initial linear weights: N(0, 0.02), or Xavier-uniform (the mmpretrain models)."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.width <= LARGEST or not 0 <= self.depth <= LARGEST:
@@ -108,7 +108,8 @@ def level_maps(levels: Levels, grid: Grid) -> list[Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What is pre-trained and then fine-tuned, unchanged: the backbone and, unless left out, its pyramid."""
+    """Model that is pre-trained and then fine-tuned unchanged: the backbone and, unless left out, its
+    pyramid."""
 
     backbone: HiViTConfig = field(default_factory=HiViTConfig)
     pyramid: PyramidConfig | None = field(default_factory=PyramidConfig)

@@ -17,17 +17,17 @@ class DecoderConfig:
     width: int = 512
     """Channels E of a unit inside the decoder."""
     depth: int = 8
-    """Transformer blocks (the mmpretrain models have 6)."""
+    """Number of Transformer blocks (6 in the mmpretrain models)."""
     num_heads: int = 16
     """Attention heads."""
     mlp_ratio: float = 4.0
-    """Hidden over outer width of the MLPs."""
+    """Ratio of hidden to outer width in the MLPs."""
     norm_eps: float = 1e-6
     """Epsilon of the LayerNorms in the blocks and after them."""
     embed_norm_eps: float = 1e-6
-    """Epsilon of the LayerNorms in front of the level embeddings (the mmpretrain models have 1e-5)."""
+    """Epsilon of the LayerNorms before the level embeddings (1e-5 in the mmpretrain models)."""
     init: Literal["normal", "xavier"] = "normal"
-    """Start of the linear layers: N(0, 0.02), or Xavier-uniform (the mmpretrain models)."""
+    """Initial linear weights: N(0, 0.02), or Xavier-uniform (the mmpretrain models)."""
 
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.depth < 1 or self.width < 1:

@@ -32,30 +32,30 @@ class DistillConfig(TeacherConfig):
     target_width: int = 512
     """Channels of the teacher's targets: 512 for CLIP B/16, 768 for CLIP L/14 (both projected)."""
     mask_token: Literal["after-stem", "after-local"] = "after-local"
-    """Where hidden units are replaced: after the stem (Fast-iTPN), or after stages 1 and 2 (iTPN), which lets
-    their pixels reach the pyramid through the laterals."""
+    """Place of the mask token: after the stem (Fast-iTPN), or after stages 1 and 2 (iTPN). In the latter,
+    hidden pixels reach the pyramid through the laterals."""
     num_hidden: int = 75
-    """Units that are hidden, in blocks."""
+    """Number of hidden units per image, in blocks."""
     min_block: int = 16
-    """Units of the smallest block."""
+    """Smallest block, in units."""
     exact_count: bool = True
-    """Hide just num_hidden units of every image; else, as published, at most so many."""
+    """Hide exactly num_hidden units of every image. Otherwise at most so many, as published."""
     fuse: Literal["cells", "units"] = "cells"
-    """How a level becomes one vector per unit: each cell to a share of its channels (iTPN), or all cells of a
-    unit together to every channel (Fast-iTPN)."""
+    """Fusion of a level into one vector per unit. cells: each cell gives a share of the channels (iTPN).
+    units: all cells of a unit together give every channel (Fast-iTPN)."""
     auxiliary: bool = True
-    """Predict the targets also from the block at three quarters of stage 3, through two blocks more."""
+    """Predict the targets also from the block at three quarters of stage 3, through two extra blocks."""
     loss: Loss = "smooth-l1"
-    """Between prediction and target: smooth L1, the negative cosine, or cross-entropy on raw targets, which
-    has no lower bound (mmpretrain's 800-epoch config)."""
+    """Loss between prediction and target: smooth L1, negative cosine, or cross-entropy on raw targets.
+    Cross-entropy has no lower bound here (mmpretrain's 800-epoch config)."""
     positions: Literal["hidden", "all"] = "hidden"
-    """Units that are supervised; the authors' iTPN supervises all."""
+    """Units that are supervised: hidden ones or all. The authors' iTPN supervises all."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Mean of each image channel for the student, in 0..1; ImageNet's."""
+    """Mean of each image channel for the student, in 0..1. Default: ImageNet's."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """Standard deviation of each image channel for the student, in 0..1; ImageNet's."""
+    """Standard deviation of each image channel for the student, in 0..1. Default: ImageNet's."""
     embed_norm_eps: float = 1e-6
-    """Epsilon of the LayerNorms in front of the level embeddings (the mmpretrain models have 1e-5)."""
+    """Epsilon of the LayerNorms before the level embeddings (1e-5 in the mmpretrain models)."""
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
 
     def __post_init__(self) -> None:

@@ -23,19 +23,18 @@ from itpn.objectives.stages import CELLS, Stage, StageHeads, StagesConfig
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesConfig(StagesConfig):
-    """Stages supervised by a moving average of the backbone; at weight 0 there is none."""
+    """Stages supervised by a moving average of the backbone. Weight 0 switches this off."""
 
     part: ClassVar[str] = "features"
 
     branches: Literal["sum", "levels"] = "sum"
-    """Heads on the pixel decoder's output, or each level through one shared shallow decoder to its own
-    head."""
+    """Prediction heads: on the pixel decoder's output, or per level after one shared shallow decoder."""
     decoder_depth: int = 2
-    """Blocks of the shared decoder of branches = levels."""
+    """Number of blocks of the shared decoder, with branches = levels."""
     momentum: float = 0.996
-    """The teacher's momentum at the start; it rises to 1 by a half cosine."""
+    """Initial momentum of the teacher. It rises to 1 by a half cosine."""
     momentum_warmup: bool = False
-    """Hold the momentum at or below (t + 1) / (t + 10), t the step: a young teacher follows faster in short
+    """Limit the momentum at step t to (t + 1) / (t + 10), so that the teacher follows faster in short
     runs."""
 
     def __post_init__(self) -> None:

@@ -29,21 +29,20 @@ from itpn.objectives.work import flops_of
 @dataclass(frozen=True, kw_only=True)
 class PixelConfig:
     mask_ratio: float = 0.75
-    """Share of the units that are hidden."""
+    """Share of hidden units."""
     masks_per_image: int = 1
-    """Masks drawn for each image of a batch; they share one pass of the feature teacher."""
+    """Number of masks per image of a batch. They share one forward pass of the feature teacher."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Mean of each image channel, in 0..1; ImageNet's."""
+    """Mean of each image channel, in 0..1. Default: ImageNet's."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """Standard deviation of each image channel, in 0..1; ImageNet's."""
+    """Standard deviation of each image channel, in 0..1. Default: ImageNet's."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
     teacher: str = ""
-    """The frozen teacher as timm names it; without teacher_weights it is downloaded."""
+    """timm name of the frozen teacher. It is downloaded unless teacher_weights is given."""
     teacher_weights: Path | None = None
-    """File of the frozen teacher's weights: of the model of that name, or without a name of a CLIP of
-    OpenAI's."""
+    """Weights file of the frozen teacher. Without a teacher name, it must be one of OpenAI's CLIP models."""
 
     def __post_init__(self) -> None:
         if not self.frozen.weight and (self.teacher or self.teacher_weights):

@@ -31,18 +31,19 @@ class StagesConfig:
     """The objective's field that holds it."""
 
     weight: float = 0.0
-    """Weight of this loss beside the objective's own; 0 switches it off."""
+    """Weight of this loss beside the objective's own. 0 switches it off."""
     weight_ramp: float = 0.0
-    """Share of the training over which the weight grows linearly from 0."""
+    """Share of the training during which the weight rises linearly from 0."""
     stages: tuple[Stage, ...] = ("c4", "c8", "c16")
     """Backbone stages whose features are predicted."""
     normalisation: Literal["standardise", "layer-norm", "none"] = "standardise"
-    """Targets: by each channel's running mean and variance; by LayerNorm per cell without affine; or as they
-    are. LayerNorm leaves in what all units share, most of stage 3's features (docs/results.md)."""
+    """Normalisation of the targets: by each channel's running mean and variance, by LayerNorm per cell
+    without affine, or none. LayerNorm keeps what all units share, which is most of stage 3's features
+    (docs/results.md)."""
     positions: Literal["hidden", "all"] = "hidden"
-    """Units that are supervised."""
+    """Units that are supervised: hidden ones or all."""
     beta: float = 1.0
-    """Where the smooth-L1 loss turns from square to absolute."""
+    """Beta of the smooth-L1 loss, its transition from square to absolute."""
 
     def __post_init__(self) -> None:
         name = f"objective.{self.part}"
@@ -58,8 +59,8 @@ class StagesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenConfig(StagesConfig):
-    """Stages supervised by the frozen teacher, whose blocks at one and two thirds of its depth and at its end
-    are the targets for stride 4, 8 and 16."""
+    """Stages supervised by the frozen teacher. Its blocks at one third, two thirds and the end of its depth
+    are the targets for strides 4, 8 and 16."""
 
     part: ClassVar[str] = "frozen"
 

@@ -29,21 +29,20 @@ from itpn.objectives.work import flops_of, without_weights
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     teacher: str = ""
-    """The teacher as timm names it, such as vit_base_patch16_clip_quickgelu_224.openai; without
-    teacher_weights it is downloaded."""
+    """timm name of the teacher, such as vit_base_patch16_clip_quickgelu_224.openai. It is downloaded unless
+    teacher_weights is given."""
     teacher_weights: Path | None = None
-    """File of the teacher's weights: of the model of that name, or without a name of a CLIP of OpenAI's."""
+    """Weights file of the teacher. Without a teacher name, it must be one of OpenAI's CLIP models."""
     target: Literal["projected", "tokens"] = "projected"
-    """Targets: patch tokens through the teacher's last linear layer (CLIP's projection), or as they are after
-    its last norm."""
+    """Targets: patch tokens after the teacher's projection (CLIP), or after its last norm."""
     target_normalisation: Literal["layer-norm", "none"] = "layer-norm"
-    """Targets normalised by LayerNorm per token without affine, or as they are."""
+    """Normalisation of the targets: LayerNorm per token without affine, or none."""
     teacher_images: Literal["own", "published"] = "own"
-    """The teacher's own mean and standard deviation; the authors' code first takes an image x of 0..1 for one
-    of -1..1, so that their teacher sees (x + 1) / 2, washed out."""
+    """Normalisation of the teacher's images: its own mean and standard deviation, or as published. The
+    authors' code takes an image x in 0..1 for one in -1..1, so their teacher sees (x + 1) / 2, washed out."""
     teacher_positions: Literal["own", "published"] = "own"
-    """The teacher's position table at another size: timm's way (bicubic, antialiased), or the authors'
-    (bicubic by a factor of (new + 0.1) / old)."""
+    """Resampling of the teacher's position table: timm's way (bicubic, antialiased), or the authors' (bicubic
+    by a factor of (new + 0.1) / old)."""
 
 
 class Taught(NamedTuple):

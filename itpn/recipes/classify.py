@@ -30,27 +30,27 @@ HALF = (0.5, 0.5, 0.5)
 @dataclass(frozen=True, kw_only=True)
 class Classify:
     name: Annotated[str, tyro.conf.Suppress] = ""
-    """The config file's stem; runs/NAME is where a run goes."""
+    """Stem of the config file. The run is written to runs/NAME."""
     model: ModelConfig
-    """Without init. With it the sizes are the file's; drop path, checkpointing and how tables are resampled
-    are these, and relative positions are added, starting at zero, if they are asked for here."""
+    """Model to train from scratch. With init, the sizes come from the file. Drop path, checkpointing and
+    table resampling still apply. Relative positions that are asked for here are added, starting at zero."""
     image_size: tuple[int, int] = (224, 224)
     """Height and width of the images, multiples of the unit (16 pixels)."""
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     data: DataConfig = field(default_factory=DataConfig)
     val_share: float = 0.1
-    """Share of the images that is held out for validation where there is no folder val."""
+    """Share of the images to hold out for validation if there is no folder val."""
     optim: AdamWConfig = field(default_factory=AdamWConfig)
     layer_decay: LayerDecayConfig = field(default_factory=lambda: LayerDecayConfig(rate=1.0))
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")]
     eval_every: int = 1
-    """Epochs between evaluations on the validation images; 0: only at the end."""
+    """Epochs between evaluations on the validation images. 0: only at the end."""
     eval_batch: int = 64
-    """Images per rank and forward pass of an evaluation."""
+    """Images per rank and forward pass in evaluations."""
     init: Path | None = None
-    """Weights to start from: a pretrained.safetensors of a run, or a converted release."""
+    """Weights to start from: a run's pretrained.safetensors, or a converted release."""
 
     def __post_init__(self) -> None:
         patch_size = self.model.backbone.patch_size

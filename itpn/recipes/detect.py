@@ -29,29 +29,28 @@ from itpn.recipes.pretrain import Size
 @dataclass(frozen=True, kw_only=True)
 class Detect:
     name: Annotated[str, tyro.conf.Suppress] = ""
-    """The config file's stem; runs/NAME is where a run goes."""
+    """Stem of the config file. The run is written to runs/NAME."""
     model: ModelConfig
-    """Without init. With it the sizes are the file's, the pyramid's too; drop path, checkpointing and how
-    tables are resampled are these, and relative positions are added, starting at zero, if they are asked for
-    here."""
+    """Model to train from scratch. With init, the sizes come from the file, the pyramid's too. Drop path,
+    checkpointing and table resampling still apply. Relative positions that are asked for here are added,
+    starting at zero."""
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     data: DetectionDataConfig = field(default_factory=DetectionDataConfig)
     val_share: float = 0.1
-    """Share of the images that is held out for validation where there are none to validate on."""
+    """Share of the images to hold out if there are no validation images."""
     optim: AdamWConfig = field(default_factory=AdamWConfig)
     layer_decay: LayerDecayConfig = field(default_factory=lambda: LayerDecayConfig(rate=1.0))
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(shape="step"))
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")]
     eval_every: int = 1
-    """Epochs (steps, where the run has iterations) between evaluations on the validation images; 0: only at
-    the end."""
+    """Epochs between evaluations on the validation images, or steps if iterations is given. 0: only at the
+    end."""
     eval_batch: int = 4
-    """Images per rank and forward pass of an evaluation."""
+    """Images per rank and forward pass in evaluations."""
     init: Path | None = None
-    """Weights to start from: a pretrained.safetensors of a run, or a converted release."""
+    """Weights to start from: a run's pretrained.safetensors, or a converted release."""
     init_pyramid: bool = True
-    """Load the pyramid of init too. Off: its backbone alone, as of weights that were pre-trained without
-    one."""
+    """Load the pyramid of init too. Off: the backbone alone, as for weights pre-trained without a pyramid."""
 
     def __post_init__(self) -> None:
         if self.model.pyramid is None:

@@ -28,7 +28,7 @@ Size = Literal["base", "large"]
 @dataclass(frozen=True, kw_only=True)
 class Pretrain:
     name: Annotated[str, tyro.conf.Suppress] = ""
-    """The config file's stem; runs/NAME is where a run goes."""
+    """Stem of the config file. The run is written to runs/NAME."""
     model: ModelConfig
     objective: PixelConfig | DistillConfig
     data: DataConfig = field(default_factory=DataConfig)
@@ -37,7 +37,7 @@ class Pretrain:
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")]
     knn: KnnConfig = field(default_factory=KnnConfig)
     init: Path | None = None
-    """Weights to start from: a pretrained.safetensors or a checkpoint's model.safetensors of ours."""
+    """Weights to start from: a run's pretrained.safetensors, or a checkpoint's model.safetensors."""
 
     @property
     def image_size(self) -> tuple[int, int]:

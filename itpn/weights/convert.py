@@ -35,11 +35,11 @@ class Foreign:
     """Under the names that are left when all wrappings are off."""
 
     wrapping: tuple[str, ...] = ()
-    """What was taken off, outermost first: entries (``state_dict``) and prefixes (``module.``); of files of
-    whole detectors and segmentors also ``detector heads`` or ``segmentor heads``."""
+    """Removed wrappings, outermost first: entries (``state_dict``) and prefixes (``module.``). For whole
+    detectors and segmenters also ``detector heads`` or ``segmentor heads``."""
 
     left_out: dict[str, str]
-    """What else the file holds, and why it was left out."""
+    """Other contents of the file, and why they were left out."""
 
     placeholders: tuple[str, ...] = ()
     """Names of classes and functions that the file asks for, and that were not looked up."""

@@ -26,12 +26,12 @@ LAYER_SCALE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What a family's files have in common that their shapes do not show."""
+    """Common properties of a family's files that their shapes do not show."""
 
     title: str
     style: Style = "official"
     kinds: tuple[Kind, ...]
-    """What its files may hold beside backbone and pyramid."""
+    """Kinds of model that its files may hold beside backbone and pyramid."""
     norm_eps: float = 1e-6
     embed_norm_eps: float = 1e-6
     relative_resampling: RelativeMethod = "fraction"
@@ -79,20 +79,20 @@ FAMILIES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What a file's shapes cannot tell; None leaves it to what the published models have."""
+    """Properties that a file's shapes cannot show. None: as in the published models."""
 
     num_heads: int | None = None
-    """Attention heads of stage 3. None: from the bias tables, else 64 channels each."""
+    """Number of attention heads of stage 3. None: from the bias tables, else 64 channels per head."""
     decoder_heads: int | None = None
-    """Attention heads of the pixel decoder. None: 32 channels each."""
+    """Number of attention heads of the pixel decoder. None: 32 channels per head."""
     norm_eps: float | None = None
     """Epsilon of the LayerNorms. None: the family's."""
     position_rows: tuple[int, int] | None = None
-    """First row of the position table that is the image's, and the one after its last. None: all rows, or
-    those of the search image where a tracker has a template's behind them."""
+    """First row of the image's part of the position table, and the one after its last. None: all rows, or a
+    tracker's search-image rows if a template's follow them."""
     stem: Literal["all", "sum", "first"] = "all"
-    """What becomes of a stem with more than three channels: all stay; `sum` adds up each three, which is
-    what the model sees where an RGB image is given to all; `first` keeps the first three."""
+    """Treatment of a stem with more than three input channels. all: keep them. sum: add every three, which
+    equals giving one RGB image to all. first: keep the first three."""
 
 
 def family_of(state: Mapping[str, Tensor], wrapping: Iterable[str] = ()) -> str:

@@ -56,7 +56,7 @@ class Weights:
     config: dict[str, Any]
     """The run's config without its paths, as JSON values."""
     source: dict[str, Any] | None = None
-    """Of a converted file: name and sha256 of what it was made from, its family, and what was left out."""
+    """Origin of a converted file: name and sha256 of the source, its family, and what was left out."""
 
     @property
     def parts(self) -> set[str]:

@@ -26,15 +26,14 @@ MAX_LISTED = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """Which of a file's weights to read, where it does not tell."""
+    """Selection of weights in a file that holds several."""
 
     ema: bool = False
-    """Take the averaged weights, where the source has both."""
+    """Take the averaged (EMA) weights if the source has both."""
     entry: str | None = None
-    """The entry that holds the weights, where the source has several, such as `student`; inside another
-    entry, `checkpoint.student`."""
+    """Entry that holds the weights, such as `student`. An entry within another is `checkpoint.student`."""
     prefix: str | None = None
-    """Read the tensors whose names start like this, such as `encoder.body.`, and no others."""
+    """Read only the tensors whose names start with this prefix, such as `encoder.body.`."""
 
 
 Unwrapped = tuple[dict[str, Tensor], list[str], dict[str, str]]
