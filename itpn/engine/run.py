@@ -163,7 +163,7 @@ class Run:
     def _prepare(self) -> Any:
         """Makes the directory ours; the config that it holds."""
         path = self.directory / "config.json"
-        is_ours = is_run(self.directory) or checkpoint.steps(self.checkpoints)
+        is_ours = is_run(self.directory) or any(self.checkpoints.glob("[0-9]*/state.json"))
         if not is_ours and (found := next(filter(self._holds, RUN_FILES), None)):
             raise UserError(
                 f"{self.directory} is no run directory, and its {found} would be replaced: name another with "
