@@ -24,7 +24,7 @@ from itpn.data.check_objects import summary as objects_summary
 from itpn.data.class_names import names_file
 from itpn.data.classes import check_same_classes, class_names_of
 from itpn.data.coco import Coco, Finding
-from itpn.data.coco_file import find_coco, read_coco
+from itpn.data.coco_file import find_coco, places, read_coco
 from itpn.data.folders import Split, split_folder
 from itpn.data.images import find_images
 from itpn.data.labelled import IGNORED
@@ -132,7 +132,7 @@ def images_of(options: CheckData) -> dict[str, Images]:
 def coco_of(options: CheckData) -> dict[str, Images]:
     if options.annotations:
         return {"train": read_coco(options.annotations, options.directory)}
-    has_val = (options.directory / "val2017").is_dir()
+    has_val = places(options.directory, "val")[0].is_dir()
     splits: tuple[Split, ...] = ("train", "val") if has_val else ("train",)
     return {split: find_coco(options.directory, split) for split in splits}
 

@@ -24,7 +24,7 @@ from itpn.data.coco_entries import (
 from itpn.data.coco_images import Frames, frames_in, naming
 from itpn.data.coco_json import list_in, read_json, what_it_is
 from itpn.data.coco_units import check_units
-from itpn.data.folders import Split
+from itpn.data.folders import Split, inside, splits_in
 from itpn.data.source import Blobs, Names
 from itpn.errors import UserError
 
@@ -35,9 +35,24 @@ SOME = 0.01
 """Share of annotations that are odd and kept, from which on they are warned of."""
 
 
+BESIDE = "_annotations.coco.json"
+"""The instances file beside the images of a split, as labelling services export it."""
+
+
 def places(root: Path, split: Split) -> tuple[Path, Path]:
-    """Where COCO has a split's folder of images and its instances file."""
+    """Where a split's folder of images and its instances file are; where COCO has them, if there are none.
+
+    Single folders may lie around the data. A folder with the name of a split may hold both.
+    """
+    root = inside(root, lambda place: (place / "annotations").is_dir() or _with_annotations(place))
+    if folder := _with_annotations(root).get(split):
+        return folder, folder / BESIDE
     return root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"
+
+
+def _with_annotations(root: Path) -> dict[str, Path]:
+    """The folders of splits that hold their own instances file."""
+    return {kind: path for kind, path in splits_in(root).items() if (path / BESIDE).is_file()}
 
 
 def find_coco(root: Path, split: Split, images: Path | None = None, annotations: Path | None = None) -> Coco:

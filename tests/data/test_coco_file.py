@@ -55,6 +55,23 @@ def test_a_place_for_each_split_or_explicit_ones(tmp_path: Path) -> None:
         find_coco(tmp_path, "train", None, tmp_path / "none.json")
 
 
+@pytest.mark.parametrize("around", ["", "export/"])
+@pytest.mark.parametrize("val", ["valid", "val", "Validation"])
+def test_annotations_beside_the_images_of_each_split(tmp_path: Path, val: str, around: str) -> None:
+    for name, num in (("train", 3), (val, 2), ("test", 1)):
+        (tmp_path / around).mkdir(exist_ok=True)
+        data = content([(8, 8)] * num, annotations=[])
+        written(tmp_path / around / name, data, "_annotations.coco.json")
+    assert [len(find_coco(tmp_path, split)) for split in ("train", "val")] == [3, 2]
+
+
+def test_a_folder_may_lie_around_coco(tmp_path: Path) -> None:
+    (tmp_path / "coco/annotations").mkdir(parents=True)
+    file = written(tmp_path / "coco/train2017", content([(8, 8)]))
+    file.rename(tmp_path / "coco/annotations/instances_train2017.json")
+    assert len(find_coco(tmp_path, "train")) == 1
+
+
 LEFT_OUT: dict[str, tuple[Any, str]] = {
     "no object": (5, "it is 5, not an object"),
     "no field": ({}, "image_id: it is missing"),
