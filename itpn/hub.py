@@ -7,6 +7,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -104,10 +105,10 @@ class HubModel(PyTorchModelHubMixin, ABC):
             UserError: the folder holds another model.
         """
         folder = Path(save_directory)
-        there = [folder / name for name in (FILE, "config.json") if os.path.lexists(folder / name)]
-        if there and files.read_if_ours(folder / FILE) is None:
+        if theirs := _not_ours(folder):
             raise UserError(
-                f"{there[0]} is not replaced, because itpn did not write it: name another folder to save to"
+                f"{theirs} is not replaced, because itpn did not write it as it is now: move it away, or "
+                "name another folder to save to"
             )
         saved: str | None = super().save_pretrained(save_directory, **options)
         return saved
@@ -149,6 +150,20 @@ class HubModel(PyTorchModelHubMixin, ABC):
         parameters = sum(parameter.numel() for parameter in self.parameters())
         config["input"] = self.input_config()
         return ModelCard(card(config, parameters, license, self.source))
+
+
+def _not_ours(folder: Path) -> Path | None:
+    """A file in the place of one of a model that `save_pretrained` did not write, or not as it is now."""
+    weights, config = folder / FILE, folder / "config.json"
+    ours = files.read_if_ours(weights)
+    if os.path.lexists(weights) and ours is None:
+        return weights
+    if not os.path.lexists(config):
+        return None
+    with suppress(OSError, ValueError):
+        if ours and json.loads(config.read_text()) == ours.config:
+            return None
+    return config
 
 
 def card(config: dict[str, Any], parameters: int, license: str, source: dict[str, Any] | None = None) -> str:

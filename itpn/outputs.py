@@ -47,7 +47,7 @@ def claim(*wanted: tuple[str, Path | None]) -> None:
             reason = ENOTDIR if not folder.is_dir() else EACCES if not os.access(folder, os.W_OK) else 0
             if reason and not _is_stream(path):
                 raise OSError(reason, os.strerror(reason))
-        place = _folded(os.path.join(os.path.realpath(path.parent), path.name))
+        place = folded(os.path.join(os.path.realpath(path.parent), path.name))
         if place in claimed:
             raise UserError(f"{claimed[place]} and {path} would be one file: give {option} another")
         claimed[place] = path
@@ -143,12 +143,17 @@ def distinct(paths: Iterable[Path]) -> list[str]:
     names = []
     for path in paths:
         name = stem = _shortened(path.stem)
-        while _folded(name) in highest:
-            highest[_folded(stem)] += 1
-            name = f"{stem}-{highest[_folded(stem)]}"
-        highest[_folded(name)] = 1
+        while folded(name) in highest:
+            highest[folded(stem)] += 1
+            name = f"{stem}-{highest[folded(stem)]}"
+        highest[folded(name)] = 1
         names.append(name)
     return names
+
+
+def folded(name: str) -> str:
+    """A name as it compares where case and Unicode form do not matter."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
 def _check(option: str, path: Path) -> None:
@@ -204,10 +209,6 @@ def _listed_name(name: str) -> bytes:
 def _hash(path: Path) -> bytes:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest().encode()
-
-
-def _folded(name: str) -> str:
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
 def _shortened(stem: str) -> str:

@@ -69,6 +69,19 @@ def test_a_folder_of_another_model_is_kept(tmp_path, name):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_a_config_that_a_user_changed_is_kept(tmp_path):
+    model = itpn.load(files.NANO)
+    model.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"mine": 1}))
+    before = config.read_text()
+    with pytest.raises(UserError, match=r"config.json is not replaced.*move it away"):
+        model.save_pretrained(tmp_path)
+    assert config.read_text() == before
+    config.rename(tmp_path / "mine.json")
+    model.save_pretrained(tmp_path)
+
+
 def test_a_folder_of_ours_is_saved_to_again(tmp_path):
     for features in ("pyramid", "stages"):
         itpn.load(files.NANO, features=features).save_pretrained(tmp_path)

@@ -92,10 +92,11 @@ def run(arguments: list[str]) -> None:
     read_all(tallies, options.workers or default_workers(on_cpu=False), options.out)
     for split, tally in tallies.items():
         print("\n".join([f"{split}:", *(f"  {line}" for line in summary(tally, options.image_size))]))
-    if len(tallies) == 2:
-        print(shared(*tallies.values()))
+    copies = shared(*tallies.values()) if len(tallies) == 2 else []
+    if len(tallies) == 2 and not copies:
+        print("no image of val is in train")
     warnings = [f"{split}: {line}" for split, tally in tallies.items() for line in tally.warnings()]
-    warnings += _about_classes(splits)
+    warnings += [*_about_classes(splits), *copies]
     for warning in warnings:
         print(f"warning: {printable(warning)}")
     if warnings or any(tally.bad or tally.unpaired or _left_out(tally.images) for tally in tallies.values()):
@@ -243,9 +244,12 @@ def _bad(tally: Tally) -> Iterator[str]:
         yield f"  {len(reasons):,} {printable(reasons[0] if len({*reasons}) == 1 else pattern)}"
 
 
-def shared(train: Tally, val: Tally) -> str:
-    """A warning, unless the splits have nothing in common."""
+def shared(train: Tally, val: Tally) -> list[str]:
+    """A warning, if the splits have images in common."""
     num_shared = int(np.isin(val.digests, train.digests).sum())
     if not num_shared:
-        return "no image of val is in train"
-    return f"warning: {num_shared:,} images of val are in train, byte for byte; evaluation would flatter"
+        return []
+    return [
+        f"{num_shared:,} images of val are in train, byte for byte, and evaluation would flatter; "
+        "remove them from one of the two"
+    ]

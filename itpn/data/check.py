@@ -63,6 +63,7 @@ FEW_VALUES = 64
 """An image whose values span less than this, of 255, uses a small part of the range."""
 NARROW, NARROW_DEEP = "of few values", "of more than 8 bits and few values"
 MORE_BANDS = "with further bands, which are left out"
+CLEAR = "transparent everywhere"
 ODD_ALPHA = "with an alpha channel that is neither 0 nor 255 in most places"
 _CURES = {
     NARROW: "night or fog may look so, and so do masks and wrongly scaled data; scale their values to 0..255",
@@ -72,6 +73,8 @@ _CURES = {
     "with GDAL: gdal_translate -b 1 -b 2 -b 3 IN OUT.tif, or -b 1 alone",
     ODD_ALPHA: "infrared stored as alpha looks so, and the image fades into white by it; drop it, as with "
     "GDAL: gdal_translate -b 1 -b 2 -b 3 IN OUT.tif",
+    CLEAR: "alpha that was never set looks so, and the image is white by it; drop it, as with ImageMagick: "
+    "magick IN -alpha off OUT.png",
 }
 """What traits may mean that spoil images without a word, and what to do."""
 _SHARE = 0.5
@@ -221,10 +224,12 @@ def _values(image: Image.Image, share: float) -> tuple[int, int]:
     return int(low), int(high)
 
 
-def _mostly_between(alpha: Image.Image) -> bool:
-    """Whether most pixels of an alpha channel are neither clear nor opaque."""
+def _traits_of_alpha(alpha: Image.Image) -> Iterator[str]:
     counts = alpha.histogram()
-    return 2 * (counts[0] + counts[255]) < sum(counts)
+    if counts[0] == sum(counts):
+        yield CLEAR
+    if 2 * (counts[0] + counts[255]) < sum(counts):
+        yield ODD_ALPHA
 
 
 def _traits(image: Image.Image, deep: bool) -> Iterator[str]:
@@ -246,8 +251,8 @@ def _traits(image: Image.Image, deep: bool) -> Iterator[str]:
         yield "CMYK"
     if image.has_transparency_data:
         yield "with transparency"
-    if image.mode in ("RGBA", "LA") and _mostly_between(image.getchannel("A")):
-        yield ODD_ALPHA
+    if image.mode in ("RGBA", "LA"):
+        yield from _traits_of_alpha(image.getchannel("A"))
     turn = orientation(image)
     if turn in range(2, 9):
         yield "turned by EXIF"

@@ -10,6 +10,7 @@ import torch
 from itpn.data.folders import kinds_within
 from itpn.data.source import Images
 from itpn.errors import UserError, printable
+from itpn.outputs import folded
 
 UNBALANCED = 5
 """Largest class over smallest from which a hint is due."""
@@ -96,7 +97,7 @@ def class_names_of(images: Images) -> tuple[str, ...]:
         raise UserError(
             f"{images.description}, which look like splits and not like classes: {_listed(like_splits)}; "
             "name the folder of class folders to train on train, the one to evaluate on val, and move others "
-            "elsewhere"
+            "elsewhere; a class that is called so needs another name"
         )
     return names
 
@@ -122,10 +123,13 @@ def check_same_classes(train: Images, val: Images) -> tuple[str, ...]:
             "train and val have the same classes in another order, so their class ids differ; give the "
             "shards of both the same ids and classes.txt"
         )
+    lacking, other = set(ours) - set(theirs), {folded(name): name for name in set(theirs) - set(ours)}
+    alike = [f"{name} and {other[folded(name)]}" for name in lacking if folded(name) in other]
+    told = f"; in case or Unicode form alone differ {_listed(alike)}" if alike else ""
     raise UserError(
         "train and val need the same classes: rename class folders until they agree, put an image or more "
         "into each that one lacks, or remove it from the other; "
-        f"only in train: {_listed(set(ours) - set(theirs))}; only in val: {_listed(set(theirs) - set(ours))}"
+        f"only in train: {_listed(lacking)}; only in val: {_listed(other.values())}{told}"
     )
 
 

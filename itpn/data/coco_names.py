@@ -1,7 +1,6 @@
 """Finding the files that a COCO file names, with other folders, slashes, case or Unicode forms."""
 
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from itpn.data.folders import LeftOut, readable, some, walk
 from itpn.data.source import SUFFIXES
+from itpn.outputs import folded
 
 
 def located(folder: Path, names: Sequence[str]) -> list[tuple[str, str]]:
@@ -90,7 +90,7 @@ def _ends(key: str) -> list[str]:
 
 def _key(name: str) -> str:
     """A name without what systems write differently."""
-    return os.path.normpath(unicodedata.normalize("NFC", name).casefold().replace("\\", "/"))
+    return os.path.normpath(folded(name).replace("\\", "/"))
 
 
 def _bare(name: str) -> str:

@@ -20,7 +20,7 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 KINDS = {
     "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
+    "val": ("val", "valid", "validation", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
 """What folders of splits are called, in any case; the first name goes before others."""

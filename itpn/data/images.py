@@ -120,9 +120,10 @@ def _images_below(root: Path, split: Split) -> Images:
         )
     if not names:
         found = "is empty" if not any(folder.iterdir()) else f"holds no image{left_out}"
-        cure = f"; {left_out.pictures(folder)}" if left_out.others else ""
+        do = "remove it" if split == "val" else "name another folder"
+        cure = left_out.pictures(folder) or f"add images, or {do}"
         raise UserError(
-            f"the data folder {folder} {found}; looked below it for {' '.join(sorted(SUFFIXES))}{cure}"
+            f"the data folder {folder} {found}; looked below it for {' '.join(sorted(SUFFIXES))}; {cure}"
         )
     beside = note = ""
     if split == "train":

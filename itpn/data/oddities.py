@@ -37,7 +37,7 @@ def whole(root: Path) -> str:
 
 
 def same_inside(folder: Path, parents: Sequence[Sequence[str]]) -> str:
-    """A note where each class has the same folders, which may be the classes or splits."""
+    """A note where each class has the same folders: then these may be the classes, and the others splits."""
     inside: dict[str, set[str]] = {}
     for parts in parents:
         inside.setdefault(parts[0], set()).add(parts[1] if len(parts) > 1 else "")
@@ -47,7 +47,8 @@ def same_inside(folder: Path, parents: Sequence[Sequence[str]]) -> str:
     outer, inner = sorted(inside)[0], sorted(first)
     return (
         f"each of the {len(inside):,} class folders under {folder} has the same folders in it, "
-        f"{some(inner)}; if these are the classes or splits, put them above the others, as {inner[0]}/{outer}"
+        f"{some(inner)}; if these are the classes and the others splits, name those train and "
+        f"val; or put the classes above the others, as {inner[0]}/{outer}"
     )
 
 

@@ -2,13 +2,13 @@
 
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from itpn.data.folders import KINDS, SPLITS, Split, folders_in, inside, one_of
+from itpn.data.folders import KINDS, SPLITS, Split, folders_in, holds_image, inside, one_of
 from itpn.data.source import SUFFIXES
+from itpn.outputs import folded
 
 IMAGES = ("images", "image", "imgs", "img", "jpegimages")
 LABELS = ("labels", "label", "masks", "mask", "annotations", "annotation", "segmentationclass", "gt")
@@ -42,8 +42,14 @@ def folders_of(root: Path, split: Split) -> tuple[Path, Path]:
 
 
 def _child(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """The folder of one of these names, in any case; the first name goes before all others."""
-    return one_of([path for path in folders_in(folder) if path.name.lower() in names], names[0])
+    """The folder of one of these names, in any case; the first name goes before all others.
+
+    Of several only those that hold an image are meant: VOC has Annotations beside SegmentationClass.
+    """
+    found = [path for path in folders_in(folder) if path.name.lower() in names]
+    if len(found) > 1:
+        found = list(filter(holds_image, found)) or found
+    return one_of(found, names[0])
 
 
 def partners(images: Collection[str], labels: Collection[str]) -> dict[str, str]:
@@ -64,8 +70,7 @@ def partners(images: Collection[str], labels: Collection[str]) -> dict[str, str]
 
 def _folded(names: Iterable[str]) -> dict[str, str]:
     """Names as they compare where case, Unicode form and an inner ending do not matter."""
-    folded = {name: unicodedata.normalize("NFC", name).casefold() for name in names}
-    return {name: _bare(key) for name, key in folded.items()}
+    return {name: _bare(folded(name)) for name in names}
 
 
 def _bare(key: str) -> str:

@@ -43,6 +43,7 @@ def refused(root: Path) -> str:
         ("train", "valid"),
         ("Train", "Val"),
         ("TRAIN", "TEST", "Dev"),
+        ("training", "Eval"),
         ("training", "validation"),
         ("training_set", "validation_set"),
         ("Train Data", "val data"),
@@ -235,6 +236,34 @@ def test_a_class_that_the_validation_lacks_is_told_and_cured(tmp_path: Path, cur
         assert len(splits(DataConfig(root=tmp_path), 0.5)[1]) == 5
 
 
+@pytest.mark.parametrize("other", ["CAFE\u0301", "Caf\u00e9", "cafe\u0301"])
+def test_classes_that_differ_by_case_or_unicode_form_alone_are_told(tmp_path: Path, other: str) -> None:
+    classes(tmp_path / "train", "ant", "caf\u00e9")
+    classes(tmp_path / "val", "ant", other)
+    assert refused(tmp_path).endswith(f"; in case or Unicode form alone differ caf\u00e9 and {other}")
+
+
+def test_a_class_called_val_is_refused_with_a_cure(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        classes(tmp_path / split, "ant", "val")
+    assert refused(tmp_path).endswith("a class that is called so needs another name")
+    for split in ("train", "val"):
+        (tmp_path / split / "val").rename(tmp_path / split / "bee")
+    assert divided(tmp_path) == (4, 4)
+
+
+@pytest.mark.parametrize("cure", ["add", "remove"])
+def test_an_empty_folder_to_validate_on_is_told_and_cured(tmp_path: Path, cure: str) -> None:
+    classes(tmp_path / "train", *TWO)
+    (tmp_path / "val").mkdir()
+    assert refused(tmp_path).endswith("; add images, or remove it")
+    if cure == "add":
+        classes(tmp_path / "val", *TWO)
+    else:
+        (tmp_path / "val").rmdir()
+    assert divided(tmp_path) == ((4, 4) if cure == "add" else (2, 2))
+
+
 def test_a_class_folder_without_images_is_told(tmp_path: Path) -> None:
     classes(tmp_path, *TWO)
     (tmp_path / "dog").mkdir()
@@ -248,7 +277,8 @@ def test_classes_one_level_deeper_are_told(tmp_path: Path) -> None:
     for site in ("site1", "site2"):
         classes(tmp_path / site, *TWO)
     (note,) = find_images(tmp_path).notes
-    assert "has the same folders in it, ant, bee" in note and note.endswith("as ant/site1")
+    assert "has the same folders in it, ant, bee; if these are the classes and the others splits" in note
+    assert note.endswith("as ant/site1")
     for name in TWO:
         for site in ("site1", "site2"):
             (tmp_path / name).mkdir(exist_ok=True)

@@ -133,11 +133,18 @@ def test_folders_around_everything_are_looked_into(root: Path) -> None:
 
 def test_two_folders_that_may_be_meant_are_named(root: Path) -> None:
     moved(root, ("labels", "masks"))
-    (root / "annotations").mkdir()
+    shutil.copytree(root / "masks", root / "annotations")
     with pytest.raises(UserError, match="annotations and masks; name the folder that is meant labels"):
         find_masks(root)
     moved(root, ("masks", "labels"))
     assert len(find_masks(root)) == 4
+
+
+def test_beside_label_pictures_a_folder_without_images_is_not_meant(root: Path) -> None:
+    moved(root, ("images", "JPEGImages"), ("labels", "SegmentationClass"))
+    (root / "Annotations").mkdir()
+    (root / "Annotations" / "a.xml").write_text("<annotation/>")
+    assert (len(find_masks(root)), len(find_masks(root, "val"))) == (4, 2)
 
 
 def test_what_is_there_is_told_where_nothing_is_found(root: Path, tmp_path: Path) -> None:

@@ -135,3 +135,12 @@ def test_bands_that_are_left_out_and_infrared_as_alpha_are_warned_of(tmp_path: P
     colours[..., 3] = 255 * (colours[..., 3] > 99)
     assert warned(tmp_path, tiff(colours, COLOUR, extra=(2,))) == []
     assert warned(tmp_path, tiff(colours[..., :3], COLOUR)) == []
+
+
+def test_images_that_alpha_makes_white_are_warned_of(tmp_path: Path) -> None:
+    colours = ramp(4, 200, np.uint8)
+    colours[..., 3] = 0
+    (line,) = warned(tmp_path, tiff(colours, COLOUR, extra=(2,)))
+    assert "1 of 1 images are transparent everywhere, such as 0.tif" in line and "-alpha off" in line
+    colours[0, 0, 3] = 255
+    assert warned(tmp_path, tiff(colours, COLOUR, extra=(2,))) == []
