@@ -73,6 +73,18 @@ def test_the_readme_is_read_in_a_minute():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 110
 
 
+def test_every_module_in_the_tree_of_the_architecture_is_there():
+    page = (ROOT / "docs/architecture.md").read_text()
+    tree, folder = page[page.index("\nitpn/\n") :], ROOT / "itpn"
+    for line in tree[: tree.index("\n```")].splitlines()[2:]:
+        if room := re.match(r"  (\w+/)", line):
+            folder = ROOT / "itpn" / room[1]
+        elif re.match(r"  \w", line):
+            folder = ROOT / "itpn"
+        for module in re.findall(r"(?<![\w/])\w+\.py", line):
+            assert (folder / module).is_file() or (ROOT / "itpn" / module).is_file(), module
+
+
 def test_the_map_names_every_page():
     linked = set(re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs/index.md").read_text()))
     assert linked == {page.name for page in ROOT.glob("docs/*.md")} - {"index.md"}
