@@ -183,7 +183,7 @@ def _oddity(box: Region, outline: Outline | None, size: Size) -> str:
     if width <= 0 or height <= 0:
         raise ValueError("bbox: width or height is not above 0")
     if x >= size[1] or y >= size[0] or x + width <= 0 or y + height <= 0:
-        raise ValueError("bbox: it lies outside the image")
+        raise ValueError(f"bbox: it lies outside the image of {size[1]:,} x {size[0]:,} pixels")
     if max(-x, x + width) > 4 * size[1] or max(-y, y + height) > 4 * size[0]:
         raise ValueError("bbox: it reaches outside the image by several times its size")
     common = 1.0 if outline is None else _overlap((x, y, x + width, y + height), region_of(outline, size))

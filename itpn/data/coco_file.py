@@ -70,7 +70,8 @@ def find_coco(root: Path, split: Split, images: Path | None = None, annotations:
         if not is_there:
             raise UserError(
                 f"there is no {path}; --data.root takes a folder with {split}2017 and "
-                f"annotations/instances_{split}2017.json, --data.{split}-{option} another place"
+                f"annotations/instances_{split}2017.json, or with a folder {split} that holds its images and "
+                f"{BESIDE}; --data.{split}-{option} takes another place"
             )
     return read_coco(file, folder)
 

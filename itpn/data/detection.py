@@ -27,7 +27,8 @@ from itpn.errors import UserError
 @dataclass(frozen=True, kw_only=True)
 class DetectionDataConfig:
     root: Path = Path("data/coco")
-    """Folder with train2017, val2017 and annotations/instances_{train,val}2017.json."""
+    """Folder with train2017, val2017 and annotations/instances_{train,val}2017.json; or with train and valid,
+    each with _annotations.coco.json beside its images."""
     train_images: Path | None = None
     """Folder of the training images; None: ROOT/train2017."""
     train_annotations: Path | None = None
