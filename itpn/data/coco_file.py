@@ -22,7 +22,7 @@ from itpn.data.coco_entries import (
     text,
 )
 from itpn.data.coco_images import Frames, frames_in, naming
-from itpn.data.coco_json import list_in, read_json, what_it_is
+from itpn.data.coco_json import list_in, read_json, what_to_do
 from itpn.data.coco_units import check_units
 from itpn.data.folders import Split, inside, splits_in
 from itpn.data.source import Blobs, Names
@@ -92,7 +92,9 @@ def read_coco(file: Path, folder: Path) -> Coco:
     used, findings = _annotations(entries, frames.by_id, labels)
     if entries and not used:
         reason = f"entry {findings[0].place} of 'annotations': {findings[0].reason}"
-        raise UserError(f"{file}: no annotation can be used; {reason}; {what_it_is(entries[0])}")
+        raise UserError(
+            f"{file}: no annotation can be used; {reason}; {what_to_do(entries[0], findings[0].reason)}"
+        )
     names = [frame.name for frame in frames.each]
     most, count = Counter(found.image for found in used).most_common(1)[0] if used else (0, 0)
     if count > MAX_OBJECTS:

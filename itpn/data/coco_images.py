@@ -30,7 +30,7 @@ class Frames:
     """The images of a file, in its order.
 
     Attributes:
-        by_id: Those of several ids occur several times.
+        by_id: By their ids, and by their names; one of several ids occurs several times.
         each: Every image once.
         ids: The first id of each.
         notes: What is odd about them.
@@ -68,6 +68,8 @@ def frames_in(file: Path, entries: Sequence[object], folder: Path) -> Frames:
         else:
             twice.append(name)
         frames.by_id[entry.id] = first
+    for entry in listed:  # which some annotations name by its file
+        frames.by_id.setdefault(entry.name, frames.by_id[entry.id])
     frames.notes = [*_notes(folder, len(frames.each), twice, missing)]
     return frames
 

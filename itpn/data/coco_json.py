@@ -69,6 +69,8 @@ def list_in(file: Path, content: Mapping[str, Any], name: str) -> Sequence[objec
     entries = content.get(name)
     if isinstance(entries, list):
         return entries
+    if name in content:
+        raise UserError(f"{file}: {name!r} is {brief(entries)}, not a list; write a list of its entries")
     found = ", ".join(brief(key) for key in list(content)[:5]) or "nothing"
     other = next(
         (f"it looks like {what}; convert it to COCO" for key, what in OTHERS.items() if key in content), ""
@@ -78,7 +80,13 @@ def list_in(file: Path, content: Mapping[str, Any], name: str) -> Sequence[objec
     raise UserError(f"{file} has no list {name!r}, but {found}; {other or 'name a COCO instances file'}")
 
 
-def what_it_is(entry: object) -> str:
-    """What to do about a file whose annotations are like this one, of which none can be used."""
+def what_to_do(entry: object, reason: str) -> str:
+    """About a file of whose annotations none can be used.
+
+    Args:
+        entry, reason: One of them, and what is wrong with it.
+    """
+    if reason.startswith("segmentation"):
+        return "correct them, or leave 'segmentation' out to train on boxes alone"
     found = (what for key, what in OTHER_ANNOTATIONS.items() if isinstance(entry, dict) and key in entry)
     return f"it looks like {what}" if (what := next(found, "")) else "correct them, or name an instances file"

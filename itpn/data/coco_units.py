@@ -41,18 +41,25 @@ def _centres(boxes: Array) -> Array:
     return np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], axis=1)
 
 
-_SHARES = "multiply x and width by the image's width, y and height by its height, those of polygons too"
+_SHARES = (
+    "multiply x and width by the image's width, y and height by its height, and polygons alike if they are "
+    "in shares"
+)
+_HALVES = "take half of width from x, half of height from y"
 OURS = Units("x, y, width, height", "", _sides)
 OTHERS = (
     Units("x1, y1, x2, y2", "write x1, y1, x2 - x1, y2 - y1", _corners),
+    Units("the centre's x, y, then width, height", _HALVES, _centres),
     Units(
-        "the centre's x, y, then width, height", "take half of width from x, half of height from y", _centres
+        "x, y, width, height in shares of the image",
+        f"{_SHARES}; if x, y are the centre's, as YOLO has them, {_HALVES}",
+        _sides,
+        of_image=True,
     ),
-    Units("x, y, width, height in shares of the image", _SHARES, _sides, of_image=True),
     Units("x1, y1, x2, y2 in shares of the image", f"{_SHARES}; write x2 - x1, y2 - y1", _corners, True),
     Units(
         "the centre's x, y, then width, height, in shares of the image",
-        f"{_SHARES}; take half of width from x, half of height from y",
+        f"{_SHARES}; {_HALVES}",
         _centres,
         of_image=True,
     ),

@@ -172,7 +172,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "number": ("5", "holds no object with images, annotations and categories"),
     "detections": ([{"image_id": 1, "bbox": [1, 2, 3, 4]}], "is a list, as files of detections are"),
     "other fields": ({"licenses": [], "info": {}}, "has no list 'images', but 'licenses', 'info'"),
-    "images by id": ({**GOOD, "images": {"1": {}}}, "has no list 'images'"),
+    "images by id": ({**GOOD, "images": {"1": {}}}, "'images' is {'1': {}}, not a list; write a list"),
     "no images": ({**GOOD, "images": []}, "has no images"),
     "no annotations": (without(GOOD, "annotations"), "has no list 'annotations'"),
     "no categories": (without(GOOD, "categories"), "has no list 'categories'"),
@@ -311,6 +311,7 @@ SPELLED: dict[str, Content] = {
         "bbox": ["10", "10", "20", "30.0"],
     },
     "no id": {"id": None},
+    "image by its name": {"image_id": "1.png"},
     "id in text": {"id": "9f-3"},
     "huge id": {"id": 10**30},
     "name as category": {"category_id": "cat"},
@@ -404,3 +405,10 @@ def test_run_lengths_of_exchanged_sides_are_read_once_they_are_put_right(tmp_pat
     with pytest.raises(UserError, match=r"no annotation can be used; .*its height goes before its width"):
         read(tmp_path, thing(1, bbox=[10, 10, 1, 30], segmentation=turned))
     assert len(read(tmp_path, thing(1, bbox=[10, 10, 1, 30], segmentation=RUNS)).objects) == 1
+
+
+def test_masks_that_are_all_wrong_can_be_left_out_as_the_message_says(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a polygon of 4 numbers; .*or leave 'segmentation' out to train on"):
+        read(tmp_path, thing(1, segmentation=[[1, 2, 3, 4]]))
+    bare = without(thing(1), "segmentation")
+    assert not read(tmp_path, bare).has_masks

@@ -127,7 +127,7 @@ def test_shares_in_polygons_as_well_are_named(tmp_path: Path) -> None:
         each["segmentation"] = [
             [value / (H if i % 2 else W) for i, value in enumerate(each["segmentation"][0])]
         ]
-    with pytest.raises(UserError, match=r"in shares of the image: .*those of polygons too"):
+    with pytest.raises(UserError, match=r"in shares of the image: .*and polygons alike"):
         read(tmp_path, annotations)
 
 
