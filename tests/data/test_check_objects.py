@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from itpn import cli
 from itpn.data.check_labels import warnings_of
@@ -38,7 +39,7 @@ def root(tmp_path: Path) -> Path:
 
 def test_sound_data_are_summed_up(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, printed, _ = check_data(capsys, root, "--format", "coco", "--workers", "1")
-    assert status == 0
+    assert status == 1, "for the images that both splits have"
     train, val = printed.split("\ntrain:")[1].split("\nval:")
     for line in (
         "3 of 3 images can be read",
@@ -50,6 +51,11 @@ def test_sound_data_are_summed_up(root: Path, capsys: pytest.CaptureFixture[str]
         assert line in train
     assert "none in 2 images" in val and "warning: 3 images of val are in train" in val
     assert "left out" not in printed and "without a mask" not in printed
+    for path in (root / "val2017").iterdir():
+        with Image.open(path) as image:
+            ImageOps.invert(image).save(path)
+    status, printed, _ = check_data(capsys, root, "--format", "coco", "--workers", "1")
+    assert status == 0 and "no image of val is in train" in printed
 
 
 def test_what_is_bad_is_named_and_counted(
