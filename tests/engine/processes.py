@@ -5,24 +5,21 @@ import fcntl
 import hashlib
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 from safetensors.torch import load_file
 
 from itpn.engine import checkpoint
+from tests.launch import Forked, python
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT = 150.0
 NUM_IMAGES, NUM_STEPS = 43, 60
 TINY = """
@@ -61,33 +58,6 @@ def write_images(root: Path) -> None:
             Image.fromarray(pixels.integers(0, 256, (36 + i % 7, 40, 3), dtype=np.uint8)).save(path)
             if split == "train" and i in (10, 25):
                 path.write_bytes(path.read_bytes()[:100])
-
-
-def python(arguments: Sequence[str], **streams: Any) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True, **streams)
-
-
-@cache
-def warm() -> subprocess.Popen[bytes]:
-    """The process of `warm.py`, which ends with this one; without buffers, so that it can be polled."""
-    start = [sys.executable, "-m", "tests.engine.warm"]
-    return python(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-
-
-class Forked:
-    """A child of the warm process, with the part of Popen that is needed."""
-
-    def __init__(self, module: str, *arguments: str, output: Path) -> None:
-        warm().stdin.write(json.dumps([module, arguments, str(output)]).encode() + b"\n")
-        self.pid = int(warm().stdout.readline())
-
-    def wait(self, timeout: float) -> int:
-        if not select.select([warm().stdout], [], [], timeout)[0]:
-            os.killpg(self.pid, signal.SIGKILL)
-            warm().stdout.readline()
-            raise subprocess.TimeoutExpired("itpn", timeout)
-        return int(warm().stdout.readline())
 
 
 def start(arguments: Sequence[str], output: Path, before: Sequence[str]) -> Forked | subprocess.Popen[bytes]:

@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,39 +7,19 @@ from tests.engine.sharded import pretrain
 from tests.engine.test_fsdp import ONE
 from tests.engine.test_loop import metrics, same
 from tests.engine.toy import Toy, toy_train
-
-ROOT = Path(__file__).parents[2]
+from tests.launch import torchrun
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("two_ranks")
-    torchrun_toys(directory, 2, "resume", "compare", "diverge", "distill")
+    torchrun("tests.engine.ranks", directory, "resume", "compare", "diverge", "distill", directory=directory)
     return directory
-
-
-def torchrun_toys(directory: Path, num_ranks: int, *parts: str) -> None:
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={num_ranks}",
-    ]
-    done = subprocess.run(
-        [*torchrun, "-m", "tests.engine.ranks", str(directory), *parts],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_resuming_on_three_ranks_is_exact(tmp_path: Path) -> None:
     """From three numbers on, the order in which they are added shows."""
-    torchrun_toys(tmp_path, 3, "resume")
+    torchrun("tests.engine.ranks", tmp_path, "resume", ranks=3, directory=tmp_path)
     assert same(tmp_path / "whole", tmp_path / "parts")
 
 

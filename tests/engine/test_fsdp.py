@@ -1,8 +1,5 @@
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +18,8 @@ from itpn.nn.pyramid import Model, ModelConfig
 from itpn.weights import files
 from tests.engine.sharded import STOP, objective, pretrain
 from tests.engine.test_loop import metrics, same
+from tests.launch import torchrun
 
-ROOT = Path(__file__).parents[2]
 ONE = World(0, 1, torch.device("cpu"))
 
 
@@ -36,16 +33,7 @@ def runs(tmp_path_factory) -> Path:
             for i in range(count):
                 picture = pixels.integers(0, 256, (40, 40, 3), dtype=np.uint8)
                 Image.fromarray(picture).save(directory / "images" / split / name / f"{i}.png")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "tests.engine.sharded", str(directory)],
-        cwd=directory,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    torchrun("tests.engine.sharded", directory, directory=directory)
     return directory
 
 

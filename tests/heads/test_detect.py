@@ -1,8 +1,5 @@
 """The detector as a whole: what its losses depend on, what they reach, and that it learns."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +17,9 @@ from itpn.nn.hivit import HiViTConfig
 from itpn.nn.pyramid import ModelConfig, PyramidConfig
 from tests.engine.test_loop import metrics
 from tests.heads.ranks import fine_tune
+from tests.launch import torchrun
 from tests.toys import toy_detector, toy_model, toy_objective, toy_scenes
 
-ROOT = Path(__file__).parents[2]
 PARTS = {"rpn_objectness", "rpn_box", "class", "box", "mask"}
 
 
@@ -90,16 +87,7 @@ def test_no_image_changes_what_another_one_costs():
 
 def test_two_ranks_train_as_one_does(tmp_path):
     fine_tune(tmp_path / "one", World(0, 1, torch.device("cpu")), device_batch=4)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "tests.heads.ranks", str(tmp_path / "two")],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    torchrun("tests.heads.ranks", tmp_path / "two", directory=tmp_path)
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert len(one) == 4
     for name in ("loss", *PARTS):
