@@ -1,10 +1,7 @@
 """Fine-tuning and testing a classifier at toy size: what a run leaves, how exact it is, what stops it."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -32,6 +29,7 @@ from itpn.show.curves import read_metrics
 from itpn.tasks.classify import classify
 from itpn.tasks.common import config_of
 from itpn.weights import files
+from tests.launch import torchrun
 from tests.toys import STEADY, toy_backbone, toy_model
 
 PLAIN = FinetuneConfig(mix=MixConfig(mixup=0.0, cutmix=0.0, erasing=0.0, smoothing=0.0))
@@ -247,32 +245,13 @@ def test_frozen_features(pretrained, config, capsys, protocol):
     assert f"{protocol}_top1" in printed.out
 
 
-RANKS = """
-import sys
-from itpn.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 def test_two_ranks_find_what_one_finds(run, config, tmp_path, capsys):
     assert outcome(capsys, config, run)[0] == 0
-    (tmp_path / "ranks.py").write_text(RANKS)
-    command = f"--nproc-per-node 2 --standalone ranks.py test {config} {run} --out two --eval-batch 2"
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *command.split()],
-        capture_output=True, text=True, cwd=tmp_path, timeout=300,
-        env=environment(),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    torchrun("itpn", "test", config, run, "--out", "two", "--eval-batch", 2, directory=tmp_path)
     one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("evaluation", "two"))
     assert one.pop("val_loss") == pytest.approx(two.pop("val_loss"), abs=1e-5)
     assert one.pop("val_ece") == pytest.approx(two.pop("val_ece"), abs=1e-5)
     assert one == two
-
-
-def environment():
-    root = str(Path(__file__).parents[1])
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
 
 
 def test_a_file_without_classifier(pretrained, config, capsys):

@@ -1,11 +1,7 @@
 """Detectors at toy size: what a run leaves, how exact it is, what stops it, testing and predicting."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +17,7 @@ from itpn.show.curves import read_metrics
 from itpn.tasks.detect import detect
 from itpn.weights import files
 from tests.detecting import CATEGORIES, recipe, write_splits
+from tests.launch import torchrun
 from tests.toys import toy_model, toy_scenes
 
 NUMBERS = {
@@ -178,21 +175,6 @@ def outcome(capsys, *arguments):
     return status, capsys.readouterr()
 
 
-RANKS = "import sys\nfrom itpn.cli import main\nsys.exit(main(sys.argv[1:]))\n"
-
-
-def two_ranks(folder, *arguments):
-    (folder / "ranks.py").write_text(RANKS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    done = subprocess.run(
-        [*launcher, "ranks.py", *map(str, arguments)],
-        capture_output=True, text=True, cwd=folder, timeout=900,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_testing_a_run_on_one_and_on_two_ranks(run, config, tmp_path, capsys):
     status, printed = outcome(capsys, "test", config, run, "--save-predictions", "found.json")
     assert status == 0, printed.err
@@ -205,14 +187,16 @@ def test_testing_a_run_on_one_and_on_two_ranks(run, config, tmp_path, capsys):
     results = json.loads((tmp_path / "found.json").read_text())
     assert all({"image_id", "category_id", "bbox", "score", "segmentation"} == row.keys() for row in results)
     assert (tmp_path / "evaluation/pictures/detections.png").is_file()
-    two_ranks(tmp_path, "test", config, run, "--out", "two", "--save-predictions", "found-two.json")
+    saving = ("--out", "two", "--save-predictions", "found-two.json")
+    torchrun("itpn", "test", config, run, *saving, directory=tmp_path)
     assert json.loads((tmp_path / "two/report.json").read_text()) == one
     others = json.loads((tmp_path / "found-two.json").read_text())
     assert [row["score"] for row in others] == pytest.approx([row["score"] for row in results], abs=1e-5)
 
 
 def test_ranks_on_cpus_keep_the_same_statistics(images, config, tmp_path):
-    said = two_ranks(tmp_path, "train", config, "--run-dir", "run", "--epochs", "1", "--picture-every", "0")
+    fields = ("--run-dir", "run", "--epochs", 1, "--picture-every", 0)
+    said = torchrun("itpn", "train", config, *fields, directory=tmp_path)
     assert "each rank normalises its own samples" in said
     kept = files.read(tmp_path / "run" / "last.safetensors").tensors
     means = [tensor for name, tensor in kept.items() if name.endswith("running_mean")]

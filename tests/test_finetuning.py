@@ -1,10 +1,5 @@
 """What fine-tuning keeps of a run, on one rank and from shards."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -16,12 +11,11 @@ from itpn.tasks.finetuning import Kept
 from itpn.weights import files
 from tests.data.segmented import write_masks
 from tests.detecting import write_splits
+from tests.launch import torchrun
 from tests.sharded_finetuning import TASKS, recipes
 from tests.test_classify_run import write_images
 from tests.test_detect_run import saved
 from tests.toys import toy_model
-
-ROOT = Path(__file__).parents[1]
 
 
 def kept(folder, *scores):
@@ -56,16 +50,7 @@ def sharded(tmp_path_factory):
     write_splits(directory / "detect")
     write_masks(directory / "segment", {"train": 10, "val": 3})
     saved(directory / "pretrained.safetensors", toy_model(layer_scale=0.1))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "tests.sharded_finetuning", str(directory)],
-        cwd=directory,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    torchrun("tests.sharded_finetuning", directory, directory=directory)
     return directory
 
 

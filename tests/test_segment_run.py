@@ -2,10 +2,7 @@
 stops it."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -33,6 +30,7 @@ from itpn.show.curves import read_metrics
 from itpn.tasks.segment import segment
 from itpn.weights import files
 from tests.data.segmented import write_masks
+from tests.launch import torchrun
 from tests.toys import STEADY, toy_backbone, toy_model
 
 NAMES = ("red", "green", "blue", "yellow")
@@ -222,35 +220,17 @@ def test_testing_a_run_repeats_its_own_numbers(run, config, capsys):
     assert numbers(Path("more"))["images"] == 3
 
 
-RANKS = """
-import sys
-from itpn.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def ranks(folder, *arguments):
-    (folder / "ranks.py").write_text(RANKS)
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "ranks.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, *command, *map(str, arguments)],
-        capture_output=True, text=True, cwd=folder, timeout=600, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 def test_two_ranks_learn_and_find_what_one_does(run, images, config, pretrained, tmp_path):
     """Without dropout, which is drawn by rank."""
     given = recipe(images, tmp_path / "one", init=pretrained)
     segment(replace(given, segmenter=replace(given.segmenter, dropout=0.0)))
     fields = ("--init", pretrained, "--run-dir", "two", "--segmenter.dropout", "0")
-    ranks(tmp_path, "train", config, *fields)
+    torchrun("itpn", "train", config, *fields, directory=tmp_path)
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for step, line in one.items():
         assert two[step]["loss"] == pytest.approx(line["loss"], abs=2e-6)
         assert two[step].get("miou", 0) == pytest.approx(line.get("miou", 0), abs=0.01)
-    ranks(tmp_path, "test", config, run, "--out", "evaluated")
+    torchrun("itpn", "test", config, run, "--out", "evaluated", directory=tmp_path)
     assert numbers(tmp_path / "evaluated")["miou"] == files.read(run).config["measured"]["miou"]
 
 

@@ -1,7 +1,6 @@
 """The detector as a whole: what its losses depend on, what they reach, and that it learns."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
