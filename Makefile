@@ -9,7 +9,7 @@ demo: $(READY)
 	@$(BIN)/itpn demo
 
 test: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(READY)
 	@$(BIN)/ruff check .
