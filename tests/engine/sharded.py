@@ -51,7 +51,7 @@ def pretrain(directory: Path, world: World, model=None, **fields):
     model = model or objective()
     loop = LoopConfig(
         **{"epochs": 3, "batch_size": BATCH_SIZE, "device_batch": 2, "device": "cpu", "log_every": 1}
-        | {"checkpoint_every": 1, "clip_grad": 0.05}
+        | {"checkpoint_every": 1, "clip_grad": 0.04}
         | fields
     )
 

@@ -55,7 +55,7 @@ def test_the_same_as_ddp(runs: Path, name: str) -> None:
 def test_the_same_gradient_as_ddp(runs: Path) -> None:
     expected = column(runs / "ddp", "grad_norm")
     assert column(runs / "fsdp", "grad_norm") == pytest.approx(expected, rel=1e-3)
-    assert min(expected) > 0.05  # so it was clipped
+    assert min(expected) > 0.04  # so it was clipped
 
 
 def test_each_rank_holds_half(runs: Path) -> None:
