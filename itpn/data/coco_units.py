@@ -139,7 +139,7 @@ def _fits(seen: Seen, units: Units, reach: float = MARGIN) -> Array:
 
 
 def _has_areas(seen: Seen, units: Units) -> bool:
-    """Whether the areas are those of the boxes in some units, of which there are masks to tell them."""
+    """Whether the areas of objects without masks are those of their boxes in some units."""
     known = np.isfinite(seen.areas) & np.isnan(seen.regions[:, 0])
     same = np.isclose(_areas(units.corners(seen.boxes)), seen.areas, rtol=0.01, atol=1)[known]
     return bool(len(same)) and bool(same.mean() >= ALL)

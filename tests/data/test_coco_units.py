@@ -138,3 +138,11 @@ def test_few_of_many_annotations_are_looked_at(tmp_path: Path, monkeypatch: pyte
         read_coco(file, tmp_path)
     file.write_text(json.dumps(content([(H, W)], annotations=["nonsense", *things(list, True, 7)])))
     assert len(read_coco(file, tmp_path).objects) == 7
+
+
+def test_shares_that_may_begin_with_the_centre_are_told_as_both(tmp_path: Path) -> None:
+    box = centre([20, 12, 20, 24])
+    with pytest.raises(
+        UserError, match=r"x, y, width, height in shares .*if x, y are the centre's, as YOLO has"
+    ):
+        read(tmp_path, [thing(1, bbox=shares(box), segmentation=[])])
