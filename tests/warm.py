@@ -23,7 +23,7 @@ from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-PRELOADED = ("torch.distributed.run", "itpn.cli", "itpn.commands.train")
+PRELOADED = ("torch.distributed.run", "torch.utils.tensorboard", "itpn.cli", "itpn.commands.train")
 
 
 def become(module: str, arguments: Sequence[str], directory: str, output: str) -> NoReturn:
