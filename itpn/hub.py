@@ -62,7 +62,8 @@ def _downloaded(model_id: str, **download: Any) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{model_id} is no file or folder here, and {FILE} could not be had from the Hub ({reason})"
+            f"{model_id} is no file or folder here, and {FILE} could not be downloaded from the Hub "
+            f"({reason})"
         ) from error
 
 

@@ -201,7 +201,7 @@ def test_classes_and_image_size_are_kept(tmp_path):
     [
         ({"classes": "abcdefg"}, "its classes are no list of names"),
         ({"classes": [*"abcdef", 7]}, "its classes are no list of names"),
-        ({"classes": list("abc")}, "it names 3 classes and tells 7 apart"),
+        ({"classes": list("abc")}, "it names 3 classes, but predicts 7"),
         ({"input": [1]}, "its mean or std are no numbers"),
         ({"input": {"image_size": 64}}, "its image size is 64, not"),
         ({"input": {"image_size": [64]}}, "its image size is"),

@@ -151,7 +151,7 @@ def test_classes_without_names(images, tmp_path, capsys, num_classes, label, nam
         ("MODEL IMAGES --json IMAGES", "cannot write"),
         ("MODEL IMAGES --json IMAGES/0.png/a", "cannot write"),
         ("MODEL IMAGES --out IMAGES/0.png", "cannot write"),
-        ("BACKBONE IMAGES", "holds no classifier, so it gives no labels: ask for its features"),
+        ("BACKBONE IMAGES", "holds no classifier and predicts no labels: give --embeddings"),
         ("BACKBONE IMAGES --embeddings TMP/a.npy --json TMP/a", "holds no classifier"),
     ],
 )

@@ -90,7 +90,7 @@ def test_a_finished_run_goes_on_to_more_epochs(run, images, tmp_path):
     shutil.copytree(run, longer := tmp_path / "run")
     given = recipe(images, longer)
     loop = replace(given.loop, epochs=4)
-    with pytest.raises(UserError, match=r"is finished: with --force it goes on"):
+    with pytest.raises(UserError, match=r"is finished: --force extends it"):
         pretrain(replace(given, loop=loop))
     assert pretrain(replace(given, loop=replace(loop, force=True))) == longer
     metrics, peak = read_metrics(longer / "metrics.jsonl"), given.optim.peak_lr(8)

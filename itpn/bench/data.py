@@ -105,7 +105,7 @@ def files_by_size(options: Options, folder: Path) -> dict[str, list[Path]]:
     """The files to load, by what to call their size; those made are written to `folder`."""
     if options.synthetic is not None:
         sizes = sizes_of(options.synthetic)
-        print(f"Made-up JPEGs: noise as detailed as photographs, quality {QUALITY}, 4:2:0.")
+        print(f"Synthetic JPEGs: noise as detailed as photographs, quality {QUALITY}, 4:2:0.")
         return {f"{w} x {h}": write_photographs(folder, (w, h), options.num) for w, h in sizes}
     assert options.directory is not None
     images = find_images(options.directory)
@@ -119,12 +119,14 @@ def files_by_size(options: Options, folder: Path) -> dict[str, list[Path]]:
     print(images.description)
     if not any(files.values()):
         raise UserError(
-            f"none of {len(chosen)} images can be compared, all are unreadable or turned by EXIF; "
+            f"none of {len(chosen)} images can be compared: all are unreadable or rotated by EXIF; "
             "name another folder, or raise --num to try more"
         )
     num_left_out = len(chosen) - sum(map(len, files.values()))
     if num_left_out:
-        print(f"{num_left_out} left out: unreadable, or turned by EXIF, which the plain way does not heed.")
+        print(
+            f"{num_left_out} images left out: unreadable, or rotated by EXIF (ignored by the plain loader)."
+        )
     return {name: paths for name, paths in files.items() if paths}
 
 

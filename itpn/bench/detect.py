@@ -63,7 +63,7 @@ class Bench(StepOptions):
         if self.objects < 1:
             raise UserError("--objects must be at least 1")
         if self.checkpointing and self.keep_activations:
-            raise UserError("--checkpointing and --keep-activations: give one of them")
+            raise UserError("give only one of --checkpointing and --keep-activations")
 
 
 def run(arguments: list[str]) -> None:

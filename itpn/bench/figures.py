@@ -65,10 +65,10 @@ def show(figures: Figures, console: Console) -> None:
     if figures.kinds:
         console.print(table("one step under the profiler", [("itpn", figures.kinds)]))
     say(
-        f"{figures.images_per_s:,.2f} images/s; {figures.flops_per_image / 1e9:.2f} GFLOP an image: "
+        f"{figures.images_per_s:,.2f} images/s; {figures.flops_per_image / 1e9:.2f} GFLOP per image: "
         f"{figures.flops / 1e12:.3f} TFLOP/s\n"
-        f"{figures.ratio:.3f} of the ceiling at the time, {figures.ceiling / 1e12:.3f} TFLOP/s in "
-        "4096-cubed products"
+        f"{figures.ratio:.3f} of the ceiling, {figures.ceiling / 1e12:.3f} TFLOP/s in "
+        "4096-cubed matrix products"
     )
     for note in figures.notes:
         say(note)
@@ -77,8 +77,8 @@ def show(figures: Figures, console: Console) -> None:
     if figures.baseline_losses and figures.speedup:
         ours, plain = figures.losses[0], figures.baseline_losses[0]
         say(
-            f"{figures.speedup:.2f} x the same {figures.baseline}, whose first loss is {plain:.6f}; ours is "
-            f"{ours:.6f}"
+            f"{figures.speedup:.2f} x the speed of the same model {figures.baseline}, "
+            f"whose first loss is {plain:.6f}; ours is {ours:.6f}"
         )
 
 

@@ -40,7 +40,9 @@ class Memory:
 def run(arguments: list[str]) -> None:
     options = parse(Memory, arguments, "itpn bench memory")
     if options.steps < 2 * SETTLING:
-        raise UserError(f"--steps {options.steps}: take at least {2 * SETTLING}, the first {SETTLING} settle")
+        raise UserError(
+            f"--steps {options.steps}: take at least {2 * SETTLING}; the first {SETTLING} are warm-up"
+        )
     claim(("--out", options.out))
     with TemporaryDirectory() as directory:
         counts = write_imagefolder(Path(directory) / "images")
@@ -76,7 +78,7 @@ def _read(path: Path) -> tuple[Series, Series]:
     """Steps, and the training process's resident memory in MB."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     if "memory_gb" not in lines[-1]:
-        raise UserError("resident memory is only known on Linux")
+        raise UserError("resident memory can only be measured on Linux")
     points = np.array([(line["step"], 1000 * line["memory_gb"]) for line in lines])
     return points[:, 0], points[:, 1]
 

@@ -22,10 +22,10 @@ class Plain(nn.Module):
     def __init__(self, objective: nn.Module) -> None:
         super().__init__()
         if not isinstance(objective, PixelObjective) or objective.frozen is not None:
-            raise UserError("--baseline knows pre-training on pixels without a frozen teacher; leave it out")
+            raise UserError("--baseline supports only pixels without a frozen teacher; leave it out")
         config = objective.model.config.backbone
         if config.drop_path or config.relative_position_bias:
-            raise UserError("--baseline knows neither drop path nor relative positions; leave it out")
+            raise UserError("--baseline supports neither drop path nor relative positions; leave it out")
         self.objective = objective
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

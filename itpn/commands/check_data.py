@@ -77,9 +77,9 @@ class CheckData:
         if self.image_size < 1:
             raise UserError(f"--image-size is {self.image_size}; it is a number of pixels, 1 or more")
         if self.list and self.format != "images":
-            raise UserError(f"--list names images without labels; it does not go with --format {self.format}")
+            raise UserError(f"--list is for images without labels; leave out --format {self.format}")
         if self.annotations and self.format != "coco":
-            raise UserError("--annotations goes with --format coco")
+            raise UserError("--annotations needs --format coco")
 
 
 def run(arguments: list[str]) -> None:
@@ -250,6 +250,6 @@ def shared(train: Tally, val: Tally) -> list[str]:
     if not num_shared:
         return []
     return [
-        f"{num_shared:,} images of val are in train, byte for byte, and evaluation would flatter; "
+        f"{num_shared:,} images of val are in train, byte for byte, so evaluation would look too good; "
         "remove them from one of the two"
     ]

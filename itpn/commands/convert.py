@@ -38,7 +38,7 @@ class Convert(Reading):
 def run(arguments: list[str]) -> None:
     options = parse(Convert, arguments, "itpn convert")
     if options.out.suffix != ".safetensors":
-        raise UserError(f"{options.out} must end in .safetensors: that is what is written")
+        raise UserError(f"{options.out} must end in .safetensors, the format that is written")
     if not options.out.resolve().parent.is_dir():
         raise UserError(f"there is no folder {options.out.resolve().parent} to write {options.out.name} in")
     if str(options.source) == str(options.out) or _same(options.source, options.out):
@@ -59,9 +59,7 @@ def _same(source: Path, out: Path) -> bool:
 
 def _convert(options: Convert) -> None:
     if files.read_if_ours(options.source):
-        raise UserError(
-            f"{options.source} is a file of ours already; --to FAMILY writes it under other names"
-        )
+        raise UserError(f"{options.source} is already an itpn file; --to FAMILY converts it to other names")
     foreign, translated = read_released(options.source, options)
     source = {
         "file": options.source.name,
@@ -102,7 +100,7 @@ def _write_back(options: Convert, family: str) -> None:
     for option in fields(Reading):
         if getattr(options, option.name) != option.default:
             flag = option.name.replace("_", "-")
-            raise UserError(f"--to writes a file of ours as it is: leave --{flag} out")
+            raise UserError(f"--to converts an itpn file as it is: leave out --{flag}")
     weights = files.read(options.source)
     files.check(weights)
     tensors = write_back(weights, family)

@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> None:
     if not longer.exists():
         reconstruct([str(files.NANO), str(data.root), "--out", str(longer), "--num", "6", "--device", "cpu"])
     show_results(finished)
-    print(f"What more epochs bring, by the weights that ship with itpn: {longer}")
+    print(f"After longer pre-training, with the weights that ship with itpn: {longer}")
     show_fine_tuning(options)
 
 
@@ -68,8 +68,8 @@ def show_fine_tuning(options: Demo) -> None:
         run = classify(replace(recipe, loop=loop, init=init))
         top1[name] = json.loads((run / "report.json").read_text())["val_top1"]
     print(
-        f"Fine-tuned for {loop.epochs} epochs: {top1['pre-trained']:.1%} of the validation images are right "
-        f"from the weights that ship with itpn, {top1['from-scratch']:.1%} from scratch. Look at "
+        f"Validation accuracy after fine-tuning for {loop.epochs} epochs: {top1['pre-trained']:.1%} from the "
+        f"weights that ship with itpn, {top1['from-scratch']:.1%} from scratch. Look at "
         f"{options.directory / 'pre-trained' / 'pictures' / 'confusion.png'}."
     )
 
@@ -77,7 +77,7 @@ def show_fine_tuning(options: Demo) -> None:
 def show_results(finished: Path) -> None:
     """First and last numbers of a run, and where its pictures are."""
     metrics = read_metrics(finished / "metrics.jsonl")
-    table = Table("", "at the start", "at the end", title="what the minutes changed", title_justify="left")
+    table = Table("", "at the start", "at the end", title="what pre-training changed", title_justify="left")
     for key, name in {
         "pixel": "pixel loss (1: each unit's mean)",
         "knn_top1": "k-NN top-1, validation images",
@@ -90,8 +90,8 @@ def show_results(finished: Path) -> None:
     console.print(table)
     model = json.loads((finished / "config.json").read_text())["model"]["backbone"]
     console.print(
-        f"An {model['size']} on {model['image_size']}-pixel images for minutes: "
-        "the pictures say more than k-NN does."
+        f"After minutes of training {model['size']} on {model['image_size']}-pixel images, "
+        "the pictures say more than k-NN accuracy."
     )
     newest = sorted((finished / "pictures").glob("reconstruction-*.png"))[-1]
     console.print(

@@ -88,7 +88,7 @@ def _format_of(options: Export) -> Format:
     by_ending = {ending: format for format, ending in ENDINGS.items()}
     format = options.format or by_ending.get(options.out.suffix)
     if format is None:
-        raise UserError(f"{options.out}: name --format, or end it in {', '.join(by_ending)}")
+        raise UserError(f"{options.out}: give --format, or one of the extensions {', '.join(by_ending)}")
     if ENDINGS[format] != options.out.suffix:
         raise UserError(f"{options.out} must end in {ENDINGS[format]} for --format {format}")
     if not options.out.resolve().parent.is_dir():
@@ -120,7 +120,7 @@ def _model(job: Job, size: Size) -> FeatureModel | ClassifierModel:
     H, W = size
     fields: dict[str, Any] = {"image_size": H} if H == W else {}
     if job.format == "safetensors" and H != W:
-        raise UserError(f"--image-size {H}x{W}: a safetensors file keeps tables of square images")
+        raise UserError(f"--image-size {H}x{W}: a safetensors file only stores tables for square images")
     if job.format != "safetensors" and H == W:
         fields["relative_image_size"] = None
     if job.part == "classifier":
@@ -150,7 +150,7 @@ def _write(job: Job, size: Size, out: Path) -> None:
         try:
             differences = export.compare(expected, found, channels, size)
         except UserError as error:
-            raise UserError(f"{out} was not kept: read back, {error}") from error
+            raise UserError(f"{out} was not kept; when read back, {error}") from error
     shapes = {"images": images.shape} | {name: output.shape for name, output in outputs.items()}
     _report(job, out, shapes, metadata, differences)
 

@@ -118,7 +118,7 @@ def taught_by(teacher: Teacher, student: int) -> Iterator[str]:
     """What a teacher sees and gives and, of CLIP B/16, what mmpretrain counts beside a student of so many."""
     (rows, cols), size, name = teacher.grid, teacher.image_size, teacher.config.teacher
     yield (
-        f"Taught by {name}: {rows} x {cols} tokens of {size} x {size} pixels, targets {teacher.width} wide; "
+        f"Teacher {name}: {rows} x {cols} tokens of {size} x {size} pixels, targets {teacher.width} wide; "
         "it is not saved."
     )
     if name == CLIP:
@@ -152,7 +152,7 @@ def info_of_file(path: Path, reading: Reading) -> None:
     weights = files.read(path) if path.is_dir() else files.read_if_ours(path)
     if weights is not None:
         files.check(weights)
-        lines = [f"{printable(weights.path)}: a file of ours", *origin(weights)]
+        lines = [f"{printable(weights.path)}: an itpn file", *origin(weights)]
     else:
         foreign, translated = read_released(path, reading)
         weights = Weights(path, translated.tensors, translated.config)

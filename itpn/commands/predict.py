@@ -48,13 +48,13 @@ class Seen(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a classifier says of an image."""
+    """Prediction of a classifier for an image."""
 
     path: Path
     labels: list[str]
     scores: list[float]
     features: Tensor
-    """What its linear layer sees: [C]."""
+    """Features that its linear layer sees: [C]."""
 
 
 def run(arguments: list[str]) -> None:
@@ -97,7 +97,7 @@ def label(model: ClassifierModel, options: Predict) -> None:
         answers += [answer for answer, _ in sheet]
     Console(highlight=False, markup=False, soft_wrap=True).print(table_of(answers))
     if len(answers) > NUM_SHOWN:
-        print(f"the first {NUM_SHOWN} of {len(answers):,} images; --json FILE writes all")
+        print(f"showing the first {NUM_SHOWN} of {len(answers):,} images; --json FILE writes all")
     if options.json:
         with writing(options.json, "--json") as file:
             file.write_text("".join(map(_json_line, answers)))
@@ -129,8 +129,8 @@ def embed(model: FeatureModel, options: Predict) -> None:
     """The mean of each image's tokens, which is what a model without a head can say."""
     if not options.embeddings or options.json or options.out:
         raise UserError(
-            f"{options.model} holds no classifier, so it gives no labels: ask for its features alone, "
-            "--embeddings FILE.npy, or fine-tune it first"
+            f"{options.model} holds no classifier and predicts no labels: give --embeddings FILE.npy for its "
+            "features, or fine-tune it first"
         )
     paths: list[Path] = []
     rows: list[Tensor] = []

@@ -35,8 +35,8 @@ def detect(model: DetectorModel, options: Predict) -> None:
     """Pictures, an instances file, and a table of what was found."""
     if options.embeddings or options.image_size:
         raise UserError(
-            f"{options.model} finds objects: --embeddings and --image-size are for other models; its "
-            "backbone alone is had with itpn export"
+            f"{options.model} is a detector: leave out --embeddings and --image-size, or write its backbone "
+            "alone with itpn export"
         )
     out = options.out or Path("predictions")
     bad: list[BadImageError] = []
@@ -176,4 +176,4 @@ def _show(coco: Coco, images: Sequence[int], results: Sequence[Result], most: in
         table.add_row(printable(coco.name(index)), printable(listed + more))
     Console(highlight=False, markup=False, soft_wrap=True).print(table)
     if len(images) > NUM_SHOWN:
-        print(f"the first {NUM_SHOWN} of {len(images):,} images; --json FILE writes all")
+        print(f"showing the first {NUM_SHOWN} of {len(images):,} images; --json FILE writes all")

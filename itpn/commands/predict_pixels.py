@@ -31,7 +31,8 @@ def segment(model: SegmenterModel, options: Predict) -> None:
     """Pictures, label PNGs, and a table of what there is most of."""
     if options.embeddings or options.image_size:
         raise UserError(
-            f"{options.model} labels pixels, of images of any size: leave out --embeddings and --image-size"
+            f"{options.model} is a segmenter, which takes images of any size: leave out --embeddings "
+            "and --image-size"
         )
     names = names_for(model.classes, model.config.num_classes)
     labelling, colours = Labelling(names, ignored=()), class_colours(len(names))
@@ -55,7 +56,7 @@ def segment(model: SegmenterModel, options: Predict) -> None:
         lines.append(json.dumps({"path": str(path), "shares": record}) + "\n")
     Console(highlight=False, markup=False, soft_wrap=True).print(table)
     if len(lines) > NUM_SHOWN:
-        print(f"the first {NUM_SHOWN} of {len(lines):,} images; --json FILE writes all")
+        print(f"showing the first {NUM_SHOWN} of {len(lines):,} images; --json FILE writes all")
     print(f"{printable(out)}: {len(lines):,} pictures; labels/ has a PNG of class ids for each")
     if options.json:
         with writing(options.json, "--json") as file:

@@ -34,17 +34,17 @@ def run(arguments: list[str]) -> None:
     options = parse(Replay, arguments, "itpn replay")
     before, now, images = replay_step(options.run, options.device, options.root)
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{before}. Taken again, in {before.precision}, {before.micro_batch} images at once:")
+    console.print(f"{before}. Repeated in {before.precision}, {before.micro_batch} images at once:")
     console.print(_table(before, now))
     if before.samples[0][0] and before.samples != now.samples:
-        console.print("The images are not the same as then: their list has changed.")
+        console.print("The list of images has changed since the run.")
     rank, i = _worst(before)
     samples = before.samples[rank][i][:NUM_NAMED] if before.samples == now.samples else []
     names = [printable(images.name(index)) for _, index in samples]
     if names:
         console.print(f"Images of rank {rank}, micro-step {i}: {', '.join(names)}, …", markup=False)
     if repr(before.losses) != repr(now.losses) or isfinite(before.grad_norm) != isfinite(now.grad_norm):
-        console.print("This is not what the run had: another kind of device, other images or ranks.")
+        console.print("These values differ from the run's: the kind of device, images or ranks differ.")
         raise SystemExit(1)
 
 

@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> None:
         _report(split, result)
         for note in splits[split].notes:
             print(printable(f"warning: {split}: {note}"), file=sys.stderr)
-    print(f"The order was shuffled once, by seed {options.seed}: neighbours are not of one class.")
+    print(f"Samples were shuffled once with seed {options.seed}, so neighbours are of mixed classes.")
     print(f"Next: itpn train pretrain_own-data --data.root {options.out}")
 
 

@@ -188,7 +188,7 @@ def run(arguments: list[str]) -> None:
                 write.report(lambda folder: [write_numbers(numbers, folder)])
             case _:
                 raise UserError(
-                    f"{name} pre-trains, so that there is no classifier to test: --protocol linear or knn"
+                    f"{name} is a pre-training config without a classifier: give --protocol linear or knn"
                 )
 
 

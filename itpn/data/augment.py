@@ -27,10 +27,10 @@ def check_randaugment(text: str) -> None:
     """
     if not _SYNTAX.fullmatch(text):
         raise UserError(
-            f"--data.randaugment is {text!r}; it is timm's string, such as rand-m9-mstd0.5-inc1: rand, then "
-            "any of m9 (strength), n2 (operations an image), p0.5 (probability of each), mstd0.5 (deviation "
-            "of the strength), mmax10 (its bound), inc1 (all operations grow with it), tweights, t3a, t3aw "
-            "(which operations)"
+            f"--data.randaugment is {text!r}; it takes timm's notation, such as rand-m9-mstd0.5-inc1. After "
+            "rand come any of m9 (strength), n2 (operations per image), p0.5 (probability of each), mstd0.5 "
+            "(deviation of the strength), mmax10 (its bound), inc1 (all operations grow with it). tweights, "
+            "t3a and t3aw choose the operations"
         )
 
 

@@ -30,12 +30,12 @@ def names_in(
         if num_classes is None:
             raise UserError(
                 f"the number of classes is not known: write their names to {path}, one a line, or give "
-                "--data.num-classes; itpn check-data tells which numbers there are"
+                "--data.num-classes; itpn check-data lists the numbers that occur"
             )
         return numbered(num_classes)
     found = tuple(line.strip() for line in read_table(path))
     if "" in found or len(set(found)) < len(found):
-        raise UserError(f"{path} has a line without a name, or a name twice; it takes one class a line")
+        raise UserError(f"{path} has a line without a name, or a name twice; give one class per line")
     if num_classes not in (None, len(found)):
         raise UserError(f"{path} names {len(found):,} classes, but --data.num-classes says {num_classes:,}")
     return found

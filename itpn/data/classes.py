@@ -96,8 +96,8 @@ def class_names_of(images: Images) -> tuple[str, ...]:
     if "val" in names or (len(kinds) > 1 and 2 * len(like_splits) > len(names)):
         raise UserError(
             f"{images.description}, which look like splits and not like classes: {_listed(like_splits)}; "
-            "name the folder of class folders to train on train, the one to evaluate on val, and move others "
-            "elsewhere; a class that is called so needs another name"
+            "name the folder of training classes train, that of validation classes val, and move the others "
+            "elsewhere; rename a class that is called so"
         )
     return names
 
@@ -114,8 +114,8 @@ def check_same_classes(train: Images, val: Images) -> tuple[str, ...]:
         assert val.labels is not None
         if (val.labels == val.labels[0]).all():
             raise UserError(
-                f"{val.description}: all are of one class, {theirs[int(val.labels[0])]!r}, so that nothing "
-                "can be measured; add images of others"
+                f"{val.description}: all are of one class, {theirs[int(val.labels[0])]!r}, so accuracy "
+                "says nothing; add images of other classes"
             )
         return ours
     if set(ours) == set(theirs):
@@ -125,10 +125,10 @@ def check_same_classes(train: Images, val: Images) -> tuple[str, ...]:
         )
     lacking, other = set(ours) - set(theirs), {folded(name): name for name in set(theirs) - set(ours)}
     alike = [f"{name} and {other[folded(name)]}" for name in lacking if folded(name) in other]
-    told = f"; in case or Unicode form alone differ {_listed(alike)}" if alike else ""
+    told = f"; these differ only in case or Unicode form: {_listed(alike)}" if alike else ""
     raise UserError(
-        "train and val need the same classes: rename class folders until they agree, put an image or more "
-        "into each that one lacks, or remove it from the other; "
+        "train and val need the same classes: rename the folders alike, add images of missing classes, or "
+        "remove those classes; "
         f"only in train: {_listed(lacking)}; only in val: {_listed(other.values())}{told}"
     )
 

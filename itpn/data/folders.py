@@ -196,8 +196,8 @@ def one_of(paths: list[Path], name: str) -> Path | None:
     best = [path for path in paths if path.name.lower() == name] or paths
     if len(best) > 1:
         raise UserError(
-            f"{best[0].parent} has {' and '.join(path.name for path in best)}; name the folder that is meant "
-            f"{name}, and move the other elsewhere"
+            f"{best[0].parent} has {' and '.join(path.name for path in best)}; rename the one to use "
+            f"to {name}, and move the other elsewhere"
         )
     return best[0] if best else None
 

@@ -100,8 +100,8 @@ def _images_below(root: Path, split: Split) -> Images:
     if folder is None:
         there = some([f"{path.name}/" for path in folders_in(root)]) or "no folders"
         raise UserError(
-            f"{root} has no folder {split!r}, but {there}; name the one to evaluate on {split}, beside one "
-            "called train, or name another root"
+            f"{root} has no folder {split!r}, but {there}; name the validation folder {split}, beside one "
+            "called train, or give another root"
         )
     tars, compressed = archives_in(folder, (".tar",)), archives_in(folder, COMPRESSED)
     left_out = LeftOut()
@@ -115,8 +115,8 @@ def _images_below(root: Path, split: Split) -> Images:
         )
     if compressed and not names:
         raise UserError(
-            f"{compressed[0]} is compressed; unpack it to a plain .tar, where an image can be read at its "
-            "place, and remove the compressed file"
+            f"{compressed[0]} is compressed; unpack it to a plain .tar, which allows random "
+            "access, and remove the compressed file"
         )
     if not names:
         found = "is empty" if not any(folder.iterdir()) else f"holds no image{left_out}"

@@ -110,23 +110,22 @@ def find_masks(
     if ignored is not None and ignored in labelling.numbers and not values:
         name = class_names[labelling.numbers.index(ignored)]
         raise UserError(
-            f"{ignored} cannot mark pixels without a label: it is a class, {name!r}, of "
-            f"{len(class_names):,}; "
-            "choose a number that is none with --data.ignored"
+            f"{ignored} cannot mark unlabelled pixels, because it is one of the {len(class_names):,} "
+            f"classes, {name!r}; give another number with --data.ignored"
         )
     return paired(*folders_of(root, split), labelling, skip_bad=skip_bad)
 
 
 def _check_values(values: tuple[int, ...], class_names: Sequence[str], zero_is_no_label: bool) -> None:
     if len({*values}) < len(values) or not 0 <= min(values) <= max(values) <= MAX_CLASSES:
-        raise UserError(f"--data.values {listed(values)}: they are different numbers of 0 to {MAX_CLASSES:,}")
+        raise UserError(f"--data.values {listed(values)}: give distinct numbers from 0 to {MAX_CLASSES:,}")
     if len(values) != len(class_names):
         raise UserError(
             f"--data.values has {len(values):,} numbers, but there are {len(class_names):,} classes, "
             f"{', '.join(class_names[:5])}; give one number for each"
         )
     if zero_is_no_label and 0 in values:
-        raise UserError("--data.values has 0, a class, which --data.zero-is-no-label rules out; drop one")
+        raise UserError("--data.values has 0, which --data.zero-is-no-label marks as unlabelled; drop one")
 
 
 def paired(image_folder: Path, label_folder: Path, labelling: Labelling, *, skip_bad: bool) -> LabelledImages:
@@ -144,8 +143,8 @@ def paired(image_folder: Path, label_folder: Path, labelling: Labelling, *, skip
     if not both:
         raise UserError(
             f"no image in {image_folder} has a label picture in {label_folder}, as "
-            f"{next(iter(images.values()))} and {next(iter(labels.values()))} there; name each pair alike, "
-            "and leave one label picture for an image"
+            f"{next(iter(images.values()))} and {next(iter(labels.values()))} there; give each pair "
+            "the same name, and each image only one label picture"
         )
     unpaired = (
         *_alone(image_folder, (images[stem] for stem in sorted(images.keys() - partner.keys())),

@@ -90,7 +90,7 @@ class SegmentationDataConfig:
         if not 1 <= (1 if self.num_classes is None else self.num_classes) <= MAX_CLASSES:
             raise UserError(f"data.num_classes is {self.num_classes}; there can be 1 to {MAX_CLASSES:,}")
         if self.format == "ade20k" and (self.values or self.names or self.num_classes):
-            raise UserError("data.values, data.names and data.num_classes go with --data.format masks")
+            raise UserError("data.values, data.names and data.num_classes need --data.format masks")
         if not 0 < self.ratio[0] <= self.ratio[1] <= 16:
             raise UserError(f"data.ratio is {self.ratio}; it is a smallest and a largest factor, in (0, 16]")
         sizes = (self.short * self.ratio[0], self.long * self.ratio[0], *self.crop)

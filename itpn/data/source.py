@@ -183,8 +183,8 @@ def hold_out(images: Images, share: float, seed: int) -> tuple[Subset, Subset]:
         held_out[members[chosen]] = True
     if not held_out.any():
         raise UserError(
-            f"none of {images.description} can be held out for validation: no class has two; add images, or "
-            "others to validate on"
+            f"none of {images.description} can be held out for validation: no class has two images; add "
+            "images, or a validation set"
         )
     return (
         Subset.of(images, (~held_out).nonzero().flatten(), "to train on"),

@@ -149,7 +149,7 @@ class _Walk:
             if start.startswith(magic):
                 raise UserError(
                     f"{self.path} is compressed ({kind}); unpack it to a plain .tar, "
-                    "where an image can be read at its place"
+                    "which allows random access"
                 )
 
     def _read(self, offset: int, size: int) -> bytes:

@@ -110,7 +110,7 @@ def latest(root: Path, say: Callable[[str], None]) -> int | None:
             return step
         except DamagedError as error:
             say(f"checkpoint {directory} is damaged ({error}): going back to the one before")
-    raise UserError(f"no whole checkpoint is left in {root}: start a new run with another --run-dir")
+    raise UserError(f"no undamaged checkpoint is left in {root}: start a new run with another --run-dir")
 
 
 def verify(directory: Path) -> None:

@@ -52,8 +52,8 @@ def settle(
         size = largest_divisor(share, noted or LIMIT[device.type])
     elif isinstance(objective, FSDPModule):
         raise UserError(
-            "--strategy fsdp needs --device-batch here: a rank that ran out of memory while looking for it "
-            "would leave the others waiting; start low, and double it while it fits"
+            "--strategy fsdp needs --device-batch here: a search would hang once a rank runs out of memory; "
+            "start low, and double it while it fits"
         )
     else:
         size = largest_divisor(share, LIMIT["cuda"])

@@ -216,7 +216,7 @@ class Training:
     def run(self, batches: Batches, interludes: Sequence[Interlude]) -> bool:
         step = self.saver.resume()
         if self.last_step <= step < self.num_steps:
-            self.place.say(f"{self.place.directory} is at step {step} already: no step is left to take")
+            self.place.say(f"{self.place.directory} is at step {step} already; no step is left")
             return False
         self.place.begin()
         self._settle(batches, step)
@@ -353,9 +353,9 @@ class Training:
         self.watch.num_skipped += 1
         if self.watch.num_skipped > self.loop.skip_bad_steps:
             raise UserError(
-                f"{bad}; `itpn replay {kept}` takes the step again. The same command goes on from step "
-                f"{self.saver.last_step}: give it --skip-bad-steps {self.watch.num_skipped}; or, with "
-                "--force, a lower learning rate, --clip-grad 1, --precision bf16 or fp32"
+                f"{bad}; `itpn replay {kept}` repeats the step. The same command resumes from step "
+                f"{self.saver.last_step}: add --skip-bad-steps {self.watch.num_skipped}, or add --force "
+                "and a lower learning rate, --clip-grad 1, or --precision bf16 or fp32"
             )
         self.log.stopwatch = time.perf_counter()
         self.place.say(f"{bad}: left out, kept in {kept}")
@@ -397,6 +397,6 @@ class Training:
     def _stop(self, step: int, signal: int) -> NoReturn:
         self.place.say(
             f"stopped at step {step} of {self.num_steps}; "
-            f"the same command goes on from step {self.saver.last_step}"
+            f"the same command resumes from step {self.saver.last_step}"
         )
         raise SystemExit(128 + signal)

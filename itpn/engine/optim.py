@@ -81,8 +81,8 @@ def parameter_groups(
     unknown = [name for name, parameter in trained if parameter.ndim > 1 and not _KNOWN.search(name)]
     if unknown:
         raise UserError(
-            f"no optimiser group for {', '.join(unknown)}: a parameter of two or more dimensions must be "
-            "called …weight, …position, …_token or …relative_position…, which tells whether it is decayed"
+            f"no optimiser group for {', '.join(unknown)}: a parameter of two or more dimensions needs "
+            "a name that decides its decay: …weight, …position, …_token or …relative_position…"
         )
     if not trained:
         raise UserError("the model has no trainable parameter: unfreeze a part of it")

@@ -119,7 +119,7 @@ class Run:
         by_rank = self.world.gather_json(value)  # and all have read the notes before rank 0 writes them
         if len({*by_rank}) > 1:
             odd = next(rank for rank, other in enumerate(by_rank) if other != by_rank[0])
-            raise UserError(f"rank {odd} sees other {name} than rank 0: give all nodes the same")
+            raise UserError(f"rank {odd} has a different {name} from rank 0: give all nodes the same")
         changed = [(name, before, value)] if before != value else []
         self._accept(changed, [name for name, *_ in changed])
         self.note(**{name: value})
@@ -142,8 +142,8 @@ class Run:
             self._extend(refused, is_later)
         elif refused and not self.force and checkpoint.steps(self.checkpoints):
             raise UserError(
-                f"{self.directory} began with another {', '.join(refused)}: go on with what it began with, "
-                "name another --run-dir, or give --force to go on with the change"
+                f"{self.directory} began with another {', '.join(refused)}: restore it, "
+                "name another --run-dir, or give --force to resume with the change"
             )
 
     def _extend(self, refused: list[str], is_later: bool) -> None:
@@ -155,8 +155,8 @@ class Run:
             )
         if not self.force:
             raise UserError(
-                f"{self.directory} is finished: with --force it goes on to the later end, and the learning "
-                f"rate rises again to what it is there in a run of that length; or {again}"
+                f"{self.directory} is finished: --force extends it to the later end, with the learning rate "
+                f"that a run of that length has there; or {again}"
             )
         self.is_extended = True
 
@@ -166,8 +166,8 @@ class Run:
         is_ours = is_run(self.directory) or any(self.checkpoints.glob("[0-9]*/state.json"))
         if not is_ours and (found := next(filter(self._holds, RUN_FILES), None)):
             raise UserError(
-                f"{self.directory} is no run directory, and its {found} would be replaced: name another with "
-                "--run-dir"
+                f"{self.directory} is not a run directory, and its {found} would be replaced: name another "
+                "with --run-dir"
             )
         try:
             self.pictures.mkdir(parents=True, exist_ok=True)

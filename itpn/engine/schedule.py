@@ -29,7 +29,7 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if self.warmup_epochs is not None and self.warmup_iterations is not None:
-            raise UserError("--schedule.warmup-epochs and --schedule.warmup-iterations: give one of them")
+            raise UserError("give only one of --schedule.warmup-epochs and --schedule.warmup-iterations")
         if not 0 < self.power < math.inf:
             raise UserError(f"--schedule.power must be greater than 0, not {self.power}")
         if not all(0 < share < 1 for share in self.milestones):

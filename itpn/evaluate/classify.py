@@ -95,13 +95,13 @@ def report(predictions: Predictions, class_names: Sequence[str]) -> Report:
     num_images, num_classes = logits.shape
     if not len(class_names) == num_classes > int(labels.max()):
         raise UserError(
-            f"the model tells {num_classes:,} classes apart, and the images have {len(class_names):,} names "
-            f"of classes and labels up to {int(labels.max())}"
+            f"the model has {num_classes:,} classes, but the images have {len(class_names):,} class names "
+            f"and labels up to {int(labels.max())}"
         )
     readable = labels >= 0
     logits, labels = logits[readable], labels[readable]
     if not len(labels):
-        raise UserError("there is nothing to measure: no image has a label and can be read")
+        raise UserError("there is nothing to evaluate: no image has a label and can be read")
     if not_finite := int((~logits.isfinite().all(1)).sum()):
         raise UserError(f"the model's output is not finite for {not_finite:,} of {num_images:,} images")
 

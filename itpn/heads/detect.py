@@ -67,7 +67,7 @@ class Detector(nn.Module):
         if config.mean is None or config.std is None:
             raise ValueError("config.mean and config.std are not settled")
         if model.pyramid is None:
-            raise UserError("a detector sees the pyramid: model.pyramid must not be none")
+            raise UserError("a detector needs a pyramid: model.pyramid must not be none")
         width = model.pyramid.width
         self.config = config
         self.normalise = Normalise(config.mean, config.std, model.backbone.in_channels)

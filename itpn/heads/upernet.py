@@ -50,7 +50,7 @@ class SegmenterConfig:
         if not 1 <= self.num_classes <= 1 << 16:
             raise UserError(f"segmenter.num_classes: {self.num_classes} lies outside 1..65,536")
         if not 1 <= min(self.width, self.auxiliary_width) <= max(self.width, self.auxiliary_width) <= LARGEST:
-            raise UserError("segmenter.width and auxiliary_width must be at least 1, and of sane size")
+            raise UserError(f"segmenter.width and auxiliary_width must lie in 1..{LARGEST:,}")
         if not self.pools or not 1 <= min(self.pools) <= max(self.pools) <= 64:
             raise UserError(f"segmenter.pools: {self.pools}; it takes numbers of cells per side, 1 to 64")
         if not 0 <= self.dropout < 1:

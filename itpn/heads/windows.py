@@ -35,7 +35,7 @@ class InferenceConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= min(self.crop) <= max(self.crop) <= LARGEST:
-            raise UserError(f"inference.crop: {self.crop} is no sane size in pixels")
+            raise UserError(f"inference.crop: {self.crop} lies outside 1..{LARGEST:,} pixels")
         if min(self.stride) < 1 or any(s > c for s, c in zip(self.stride, self.crop, strict=True)):
             raise UserError(f"inference.stride: {self.stride} must be at least 1, and at most the crop")
         if not self.scales or not 0 < min(self.scales) <= max(self.scales) <= 16:

@@ -68,7 +68,7 @@ def layer_ids(names: Iterable[str], depths: Depths, rule: LayerDecayRule = "soun
     top = sum(depths) + chosen.top
     ids = {name: _layer_of(name, depths, chosen, top) for name in names}
     if not any(_PLACE.search(name) for name in ids):
-        raise UserError("layer decay: no parameter's name has backbone. in it, so that all are of the head")
+        raise UserError("layer decay: no parameter's name contains backbone., so all belong to the head")
     return ids
 
 

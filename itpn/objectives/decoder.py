@@ -33,7 +33,7 @@ class DecoderConfig:
         if self.num_heads < 1 or self.depth < 1 or self.width < 1:
             raise UserError("objective.decoder: width, depth and num_heads must be at least 1")
         if max(self.width, 32 * self.depth) > LARGEST or not 0 < self.mlp_ratio <= 64:
-            raise UserError("objective.decoder: width, depth or mlp_ratio is too large, or no ratio at all")
+            raise UserError("objective.decoder: width or depth is too large, or mlp_ratio outside (0, 64]")
         if self.width % 16 or self.width % self.num_heads:
             raise UserError(
                 f"objective.decoder.width: {self.width} must divide by 16 and by {self.num_heads} heads"

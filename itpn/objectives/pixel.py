@@ -46,7 +46,7 @@ class PixelConfig:
 
     def __post_init__(self) -> None:
         if not self.frozen.weight and (self.teacher or self.teacher_weights):
-            raise UserError("--objective.teacher: it teaches nothing; give --objective.frozen.weight above 0")
+            raise UserError("--objective.teacher has no effect; give --objective.frozen.weight above 0")
         if self.masks_per_image < 1:
             raise UserError(f"objective.masks_per_image: {self.masks_per_image} must be at least 1")
 

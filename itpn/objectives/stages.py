@@ -52,7 +52,9 @@ class StagesConfig:
         if not 0 < self.beta < math.inf:
             raise UserError(f"{name}.beta: {self.beta} must be greater than 0")
         if not 0 <= self.weight < math.inf:
-            raise UserError(f"{name}.weight: {self.weight} is no weight; 0 switches this loss off")
+            raise UserError(
+                f"{name}.weight: {self.weight} must be finite and at least 0; 0 switches this loss off"
+            )
         if not 0 <= self.weight_ramp <= 1:
             raise UserError(f"{name}.weight_ramp: {self.weight_ramp} lies outside 0..1")
 

@@ -184,8 +184,8 @@ def build_teacher(
         vit = from_openai(state)
     else:
         raise UserError(
-            f"--objective.teacher: there is none; give a timm name to download (--objective.teacher {CLIP}) "
-            "or a file of CLIP's weights (--objective.teacher-weights)"
+            f"--objective.teacher: no teacher is given; give a timm name to download (--objective.teacher "
+            f"{CLIP}) or a file of CLIP's weights (--objective.teacher-weights)"
         )
     odd = next((name for name, weight in vit.named_parameters() if not weight.isfinite().all()), None)
     if odd is not None:

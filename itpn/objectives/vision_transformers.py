@@ -44,8 +44,8 @@ def from_timm(name: str, overlay: Mapping[str, Any], sizes: Mapping[str, Any] | 
         if "state_dict" in overlay:
             raise UserError(f"--objective.teacher-weights: they do not fit {name}: {reason}") from error
         raise UserError(
-            f"--objective.teacher: no weights of {name} came from the Hub ({reason}); connect to it, or give "
-            "a file of them with --objective.teacher-weights"
+            f"--objective.teacher: the weights of {name} could not be downloaded from the Hub ({reason}); "
+            "connect to it, or give a file with --objective.teacher-weights"
         ) from error
     pretrained_config(vit).pop("state_dict", None)  # else the weights stay in memory twice
     return _without_added_bias(cast(Vit, vit))

@@ -54,7 +54,7 @@ class Detect:
 
     def __post_init__(self) -> None:
         if self.model.pyramid is None:
-            raise UserError("model.pyramid: a detector sees the pyramid, which must not be none")
+            raise UserError("model.pyramid: a detector needs a pyramid; it must not be none")
         if not 0 < self.val_share < 1:
             raise UserError(f"--val-share: {self.val_share} lies outside (0, 1)")
         if self.eval_every < 0 or self.eval_batch < 1:

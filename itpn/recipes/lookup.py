@@ -77,7 +77,7 @@ def load_as(kind: type[R], path: Path) -> R:
     recipe = load(path)
     if not isinstance(recipe, kind):
         raise UserError(
-            f"{path.stem} is a config of kind {type(recipe).__name__}, and one of {kind.__name__} is needed"
+            f"{path.stem} is a {type(recipe).__name__} config, but a {kind.__name__} config is needed"
         )
     return recipe
 

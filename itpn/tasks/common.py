@@ -104,7 +104,7 @@ def begins_with(run: Run, init: Path) -> bool:
     """Whether the run starts from these weights; one that has begun goes on from its own, which it says."""
     if not has_checkpoint(run):
         return True
-    run.say(f"going on from a checkpoint; --init {init} was for the start")
+    run.say(f"resuming from a checkpoint; --init {init} is not loaded again")
     return False
 
 

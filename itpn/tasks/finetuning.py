@@ -60,7 +60,7 @@ def fine_tuned(ours: HiViTConfig, there: HiViTConfig | None) -> HiViTConfig:
 
 def introduce(run: Run, images: Images, val: Images) -> None:
     """Say what the run learns from and is measured on, which stays the same while it lasts."""
-    run.say(f"to train on: {images.description}\nto validate on: {val.description}")
+    run.say(f"training images: {images.description}\nvalidation images: {val.description}")
     run.pin("images", images.fingerprint)
     run.pin("validation images", val.fingerprint)
     warn(run, {"train": images, "val": val})

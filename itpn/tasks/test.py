@@ -49,7 +49,7 @@ def test_classifier(
     if "classifier" not in weights.config:
         raise UserError(
             f"{weights.path} holds no classifier; fine-tune it first (itpn train CONFIG --init "
-            f"{weights.path}), or ask what its features are worth: --protocol linear or knn"
+            f"{weights.path}), or evaluate its features with --protocol linear or knn"
         )
     _, val = splits(recipe.data, recipe.val_share)
     model = ClassifierModel.from_weights(weights, **_sized(recipe)).to(world.device)
@@ -176,7 +176,7 @@ def _check_classes(
     if theirs not in (None, ours):
         here, there = set(ours), set(theirs or ())
         raise UserError(
-            f"{weights.path} tells other classes apart than {recipe.data.root} has; only in the file: "
+            f"{weights.path} has other classes than {recipe.data.root}; only in the file: "
             f"{_some(there - here)}; only in the images: {_some(here - there)}"
         )
 

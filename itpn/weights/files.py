@@ -119,7 +119,7 @@ class Weights:
             head = self.part("classifier", ClassifierConfig)
         count = head.num_classes
         if len(names) != count:
-            raise UserError(f"{self.path}: it names {len(names):,} classes and tells {count:,} apart")
+            raise UserError(f"{self.path}: it names {len(names):,} classes, but predicts {count:,}")
         return tuple(names)
 
     def category_ids(self) -> tuple[int, ...] | None:
@@ -152,7 +152,7 @@ def structured(values: Any, kind: type[T], what: str = "it") -> T:
     except (TypeError, AttributeError, ValueError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{what} is no config of ours ({printable(error)[:200]})") from error
+        raise UserError(f"{what} is no itpn config ({printable(error)[:200]})") from error
 
 
 def portable(objective: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
@@ -217,7 +217,7 @@ def read(path: Path) -> Weights:
         raise UserError(f"cannot read {file_path} as safetensors ({error})") from error
     if "config" not in metadata:
         raise UserError(
-            f"{file_path} carries no config of ours in its metadata; if it is a released checkpoint, convert "
+            f"{file_path} has no itpn config in its metadata; if it is a released checkpoint, convert "
             "it first: itpn convert"
         )
     try:
@@ -225,7 +225,7 @@ def read(path: Path) -> Weights:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file_path}: its metadata is damaged ({error})") from error
     if not isinstance(config, dict) or not (source is None or _is_source(source)):
-        raise UserError(f"{file_path}: its metadata is no config of ours")
+        raise UserError(f"{file_path}: its metadata is no itpn config")
     config = _said_by_run(file_path) | config
     if odd := next((name for name, tensor in tensors.items() if not is_real(tensor)), None):
         raise UserError(f"{file_path}: {printable(odd)} holds {tensors[odd].dtype}, no weights")
@@ -322,7 +322,7 @@ def check(weights: Weights) -> None:
     """
     if wrong := misfits(weights):
         raise UserError(
-            f"{weights.path}: {len(wrong)} tensors are not those of its config ({'; '.join(wrong[:3])})"
+            f"{weights.path}: {len(wrong)} tensors do not match its config ({'; '.join(wrong[:3])})"
         )
 
 
@@ -337,7 +337,7 @@ def _newest(run: Path) -> Path:
         )
     name = last.read_bytes().strip()
     if not re.fullmatch(rb"[0-9]{1,20}", name):
-        raise UserError(f"{last} names no checkpoint; give one of those beside it by its model.safetensors")
+        raise UserError(f"{last} names no checkpoint; give the model.safetensors of one beside it")
     return run / "checkpoints" / name.decode() / "model.safetensors"
 
 

@@ -81,8 +81,8 @@ def translate(
     tensors, unknown = names.to_ours(state, known.style, kind)
     if unknown:
         raise UserError(
-            f"{known.title}: no place for {summary(unknown)}; if they may stay out, give --leave-out and "
-            "the pattern, in quotes, for each"
+            f"{known.title}: no place for {summary(unknown)}; to ignore them, give --leave-out and a "
+            "quoted pattern for each"
         )
     config = config_of(tensors, known, kind, _patch(state), given)
     wrong = files.misfits(Weights(files.NOWHERE, tensors, config))

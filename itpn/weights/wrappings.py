@@ -62,7 +62,7 @@ def unwrapped(loaded: Any, wanted: Wanted, leave_out: Sequence[str] = ()) -> Unw
     tensors = without(tensors, leave_out, counts)
     for pattern in leave_out:
         if not counts[pattern]:
-            raise UserError(f"--leave-out {printable(pattern)}: no key is like that")
+            raise UserError(f"--leave-out {printable(pattern)}: no key matches")
         left_out[f"{pattern} ({counts[pattern]})"] = "as asked"
     return tensors, wrapping, left_out
 

@@ -56,12 +56,12 @@ def test_what_relative_positions_cost_a_step(tmp_path, capsys):
         name for name, _ in ours.baseline().model.named_parameters()
     }
     assert left_out and all(name.endswith("relative_position") for name in left_out)
-    assert "x the same without relative positions" in capsys.readouterr().out
+    assert "x the speed of the same model without relative positions" in capsys.readouterr().out
     config.write_text(CONFIG.replace("relative_position_bias=True", ""))
     with pytest.raises(UserError, match="no relative positions to leave out"):
         finetune.run(f"{config} --baseline".split())
 
 
 def test_another_kind_of_config():
-    with pytest.raises(UserError, match="is a config of kind Pretrain, and one of Classify is needed"):
+    with pytest.raises(UserError, match="is a Pretrain config, but a Classify config is needed"):
         infer.run(["pretrain_demo"])

@@ -125,7 +125,7 @@ def test_checkpointing_is_the_configs_unless_it_is_asked_for(tmp_path, capsys):
     text = text.replace("drop_path=0.1", "checkpointing=True")
     kept = figures_of(detect, tmp_path, text, "--image-size 64 64 --keep-activations")
     assert kept["notes"][0].endswith("all activations kept")
-    with pytest.raises(UserError, match="give one of them"):
+    with pytest.raises(UserError, match="give only one of --checkpointing and --keep-activations"):
         figures_of(detect, tmp_path, text, "--checkpointing --keep-activations")
 
 
@@ -219,8 +219,8 @@ def test_a_step_moves_every_part(tmp_path):
     [
         (detect, "mask-rcnn_itpn-bas", "there is no config file or name 'mask-rcnn_itpn-bas'; the nearest"),
         (segment, "upernot", "there is no config file or name 'upernot'"),
-        (detect, "segment_demo", "is a config of kind Segment, and one of Detect is needed"),
-        (segment, "pretrain_demo", "is a config of kind Pretrain, and one of Segment is needed"),
+        (detect, "segment_demo", "is a Segment config, but a Detect config is needed"),
+        (segment, "pretrain_demo", "is a Pretrain config, but a Segment config is needed"),
         (detect, "detect_demo --image-size 100 128", "--image-size 100 128: sides must be multiples of 32"),
         (detect, "detect_demo --image-size 32 128", "multiples of 32, 64 or more"),
         (detect, "detect_demo --objects 0", "--objects must be at least 1"),

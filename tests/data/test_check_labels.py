@@ -122,7 +122,7 @@ def test_ade20k(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["nowhere", "--format", "masks"], "there is no folder nowhere/images/train"),
         ([".", "--format", "ade20k"], "there is no folder images/training"),
-        ([".", "--format", "masks", "--list", "x"], "does not go with --format masks"),
+        ([".", "--format", "masks", "--list", "x"], "leave out --format masks"),
         ([".", "--format", "masks", "--num-classes", "0"], "data.num_classes is 0"),
     ],
 )

@@ -113,8 +113,8 @@ def test_what_is_bad_is_named_and_counted(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--format", "coco", "--list", "x"], "it does not go with --format coco"),
-        (["--annotations", "x"], "--annotations goes with --format coco"),
+        (["--format", "coco", "--list", "x"], "leave out --format coco"),
+        (["--annotations", "x"], "--annotations needs --format coco"),
         (["--format", "coco"], "there is no train2017"),
         (["--format", "coco", "--annotations", "none.json"], "cannot read none.json"),
     ],

@@ -84,7 +84,7 @@ def test_two_folders_that_may_be_meant_are_an_error(tmp_path: Path) -> None:
         classes(tmp_path / name, *TWO)
     if (tmp_path / "train").samefile(tmp_path / "Train"):
         pytest.skip("names differ by more than case here")
-    assert "has Train and train; name the folder that is meant train" in refused(tmp_path)
+    assert "has Train and train; rename the one to use to train" in refused(tmp_path)
     (tmp_path / "Train").rename(tmp_path / "older")
     assert divided(tmp_path) == (4, 4)
 
@@ -226,7 +226,7 @@ def test_a_class_that_the_validation_lacks_is_told_and_cured(tmp_path: Path, cur
     classes(tmp_path / "val", *TWO)
     (tmp_path / "val" / "cat").mkdir()
     message = refused(tmp_path)
-    assert "put an image or more into each that one lacks, or remove it from the other" in message
+    assert "add images of missing classes, or remove those classes" in message
     assert message.endswith("only in train: cat; only in val: none")
     if cure == "remove":
         shutil.rmtree(tmp_path / "train" / "cat")
@@ -240,13 +240,13 @@ def test_a_class_that_the_validation_lacks_is_told_and_cured(tmp_path: Path, cur
 def test_classes_that_differ_by_case_or_unicode_form_alone_are_told(tmp_path: Path, other: str) -> None:
     classes(tmp_path / "train", "ant", "caf\u00e9")
     classes(tmp_path / "val", "ant", other)
-    assert refused(tmp_path).endswith(f"; in case or Unicode form alone differ caf\u00e9 and {other}")
+    assert refused(tmp_path).endswith(f"; these differ only in case or Unicode form: caf\u00e9 and {other}")
 
 
 def test_a_class_called_val_is_refused_with_a_cure(tmp_path: Path) -> None:
     for split in ("train", "val"):
         classes(tmp_path / split, "ant", "val")
-    assert refused(tmp_path).endswith("a class that is called so needs another name")
+    assert refused(tmp_path).endswith("rename a class that is called so")
     for split in ("train", "val"):
         (tmp_path / split / "val").rename(tmp_path / split / "bee")
     assert divided(tmp_path) == (4, 4)

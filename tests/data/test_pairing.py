@@ -134,7 +134,7 @@ def test_folders_around_everything_are_looked_into(root: Path) -> None:
 def test_two_folders_that_may_be_meant_are_named(root: Path) -> None:
     moved(root, ("labels", "masks"))
     shutil.copytree(root / "masks", root / "annotations")
-    with pytest.raises(UserError, match="annotations and masks; name the folder that is meant labels"):
+    with pytest.raises(UserError, match="annotations and masks; rename the one to use to labels"):
         find_masks(root)
     moved(root, ("masks", "labels"))
     assert len(find_masks(root)) == 4
@@ -187,10 +187,10 @@ def test_an_option_says_what_each_class_is_stored_as(root: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"values": (0, 0, 1, 2)}, "0, 0, 1, 2: they are different numbers"),
-        ({"values": (0, 1, 2, 65_536)}, "different numbers of 0 to 65,535"),
+        ({"values": (0, 0, 1, 2)}, "0, 0, 1, 2: give distinct numbers"),
+        ({"values": (0, 1, 2, 65_536)}, "distinct numbers from 0 to 65,535"),
         ({"values": (0, 255)}, "has 2 numbers, but there are 4 classes, red, green, blue, yellow"),
-        ({"values": (0, 1, 2, 9), "zero_is_no_label": True}, "has 0, a class"),
+        ({"values": (0, 1, 2, 9), "zero_is_no_label": True}, "has 0, which --data.zero-is-no-label marks"),
     ],
 )
 def test_mistakes_about_values(root: Path, options: dict, words: str) -> None:

@@ -114,7 +114,7 @@ def test_others_may_read_what_they_may_read_of_us(tmp_path: Path) -> None:
 
 def test_nothing_whole_is_left(tmp_path: Path) -> None:
     (save(tmp_path, 1) / "state.json").unlink()
-    with pytest.raises(UserError, match="no whole checkpoint is left"):
+    with pytest.raises(UserError, match="no undamaged checkpoint is left"):
         checkpoint.latest(tmp_path, print)
 
 

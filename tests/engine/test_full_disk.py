@@ -43,7 +43,7 @@ def test_a_full_disk(images: Path, tmp_path: Path, whole: Path) -> None:
         r"checkpoint of step 13 \(.*No space left.*\); the newest is step 12's. Training", ended.output
     )
     assert "metrics.jsonl (No space left on device): keeping its lines, training goes on" in ended.output
-    assert "stopped at step 33 of 60; the same command goes on from step 30" in ended.output
+    assert "stopped at step 33 of 60; the same command resumes from step 30" in ended.output
     run = tmp_path / "disk.kept"
     assert train(images, run).status == 0
     assert outcome(run) == outcome(whole)

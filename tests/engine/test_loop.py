@@ -97,7 +97,7 @@ def test_a_signal_discards_the_step_and_saves(tmp_path: Path, capsys, number: in
     with pytest.raises(SystemExit) as stopped:
         toy_train(tmp_path / "parts", toy=Interrupted())
     assert stopped.value.code == status
-    assert "stopped at step 1 of 8; the same command goes on from step 1" in capsys.readouterr().out
+    assert "stopped at step 1 of 8; the same command resumes from step 1" in capsys.readouterr().out
     assert signal.getsignal(number) == before
     assert (tmp_path / "parts/checkpoints/last").read_text() == "00000001"
     toy_train(tmp_path / "whole")

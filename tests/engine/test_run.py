@@ -103,7 +103,9 @@ def test_a_folder_of_other_files_is_no_run_directory(tmp_path: Path, name: str) 
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("mine")
-    with pytest.raises(UserError, match=r"no run directory, and its \w+[^/]* would be replaced: .*--run-dir"):
+    with pytest.raises(
+        UserError, match=r"not a run directory, and its \w+[^/]* would be replaced: .*--run-dir"
+    ):
         Run(tmp_path, {}, WORLD)
     assert path.read_text() == "mine" and not (tmp_path / "run.json").exists()
 
@@ -124,7 +126,7 @@ def test_a_finished_run_goes_on_to_a_later_end_if_that_is_forced(tmp_path: Path)
     run(3).begin()
     (tmp_path / "checkpoints/00000003").mkdir()
     run(3).finish(3)
-    with pytest.raises(UserError, match=r"is finished: with --force it goes on .*--init .*--run-dir"):
+    with pytest.raises(UserError, match=r"is finished: --force extends it .*--init .*--run-dir"):
         run(5)
     for epochs, seed in (2, 0), (3, 1):
         with pytest.raises(UserError, match=r"is finished, and began with another loop.*: .*--init"):

@@ -13,7 +13,7 @@ RARELY = ("--checkpoint-minutes", 10)
 def stopped_cleanly(ended: Ended, number: int, step: int) -> None:
     print(f"{ended.seconds_since_signal:.1f} s from {signal.Signals(number).name} to the exit at step {step}")
     assert f"{signal.Signals(number).name}: saving, then stopping ..." in ended.output
-    assert f"stopped at step {step} of 60; the same command goes on from step {step}" in ended.output
+    assert f"stopped at step {step} of 60; the same command resumes from step {step}" in ended.output
     assert "Traceback" not in ended.output
 
 

@@ -169,13 +169,13 @@ def test_unreadable_images_count_as_wrong() -> None:
 
 def test_what_cannot_be_measured_is_said() -> None:
     some = drawn(6, 3)
-    with pytest.raises(UserError, match="tells 3 classes apart, and the images have 2 names"):
+    with pytest.raises(UserError, match="has 3 classes, but the images have 2 class names"):
         report(some, ["a", "b"])
     with pytest.raises(
-        UserError, match="tells 3 classes apart, and the images have 3 names of classes and labels up to 4"
+        UserError, match="has 3 classes, but the images have 3 class names and labels up to 4"
     ):
         report(Predictions(some.index, some.labels + 2, some.logits), ["a", "b", "c"])
-    with pytest.raises(UserError, match="nothing to measure"):
+    with pytest.raises(UserError, match="nothing to evaluate"):
         reported(Predictions(some.index, torch.full((6,), -1), some.logits))
     with pytest.raises(UserError, match="not finite for 1 of 6 images"):
         logits = some.logits.clone()

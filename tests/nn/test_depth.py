@@ -159,7 +159,7 @@ def test_an_objective_with_pyramid_and_decoder():
 
 
 def test_names_without_a_backbone():
-    with pytest.raises(UserError, match="no parameter's name has backbone"):
+    with pytest.raises(UserError, match="no parameter's name contains backbone"):
         lr_scales(["encoder.stage1.0.norm.weight"], BASE, LayerDecayConfig(rate=0.5))
 
 

@@ -119,7 +119,7 @@ def test_values_that_are_not_finite_are_reported(tmp_path, capsys):
 
 
 def test_what_is_ours_already_says_so(tmp_path, capsys):
-    assert "a file of ours already" in fails(capsys, files.NANO, tmp_path / "out.safetensors")
+    assert "is already an itpn file" in fails(capsys, files.NANO, tmp_path / "out.safetensors")
 
 
 def test_mistakes_are_told_in_one_line(source, tmp_path, capsys):
@@ -214,8 +214,8 @@ def test_hivits_own_mae_gives_its_backbone(tmp_path, capsys):
 def test_what_would_be_ignored_or_lost_is_refused(source, tmp_path, capsys):
     ours, out = tmp_path / "ours.safetensors", tmp_path / "out.safetensors"
     assert convert(source, ours, *HEADS) == 0
-    assert "leave --num-heads out" in fails(capsys, ours, out, "--to", "official-pixel", "--num-heads", "2")
-    assert "no key is like that" in fails(capsys, source, out, "--leave-out", "nosuch.*")
+    assert "leave out --num-heads" in fails(capsys, ours, out, "--to", "official-pixel", "--num-heads", "2")
+    assert "no key matches" in fails(capsys, source, out, "--leave-out", "nosuch.*")
     assert "hold no pixel decoder" in fails(capsys, ours, out, "--to", "official-detection")
     (tmp_path / "folder.safetensors").mkdir()
     assert "cannot write" in fails(capsys, source, tmp_path / "folder.safetensors", *HEADS)

@@ -190,7 +190,7 @@ def test_the_largest_part_is_the_default(capsys, tmp_path, source):
     ("arguments", "words"),
     [
         ("out.pt2 --part classifier", "holds no classifier; --part can be backbone or pyramid"),
-        ("out.pth", "name --format, or end it in .safetensors, .onnx, .pt2"),
+        ("out.pth", "give --format, or one of the extensions .safetensors, .onnx, .pt2"),
         ("out.onnx --format torch-export", "must end in .pt2 for --format torch-export"),
         ("nowhere/out.onnx", "there is no folder"),
         ("out.pt2 --image-size 64*64", "--image-size '64*64' is neither"),
@@ -200,7 +200,7 @@ def test_the_largest_part_is_the_default(capsys, tmp_path, source):
         ("out.pt2 --levels 5 --image-size 32", "five levels need 64 pixels"),
         ("out.pt2 --levels 5 --part backbone", "--levels 5 is for --part pyramid"),
         ("out.safetensors --levels 5", "--levels 5 is for --part pyramid"),
-        ("out.safetensors --image-size 96x64", "keeps tables of square images"),
+        ("out.safetensors --image-size 96x64", "only stores tables for square images"),
         ("source.safetensors", "is the source itself"),
         ("out.onnx --format jpeg", "--format"),
     ],

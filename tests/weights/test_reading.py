@@ -243,7 +243,7 @@ def test_leaving_out_by_names_in_the_file_and_by_plain_names(tmp_path):
     assert found.left_out == dict.fromkeys(
         ["teacher.* (4)", "*.fc1.bias (2)", "absolute_pos_embed (1)"], "as asked"
     )
-    with pytest.raises(UserError, match=r"--leave-out norm.\*: no key is like that"):
+    with pytest.raises(UserError, match=r"--leave-out norm.\*: no key matches"):
         read(tmp_path, content, leave_out=["teacher.*", "norm.*"])
 
 

@@ -248,7 +248,7 @@ def test_modules_inside_the_blocks_are_left_out_as_the_message_says(tmp_path, ca
     names = [f"blocks.{i}.adapter.down.weight" for i in (4, 5)] + ["blocks.5.attn.lora.a.weight", "prompt"]
     content = tracker(state | dict.fromkeys(names, torch.ones(4, WIDTH)))
     said = refusal(tmp_path, capsys, content)
-    named = re.search(r"no place for (.*?); if they may stay out, give --leave-out", said)[1]
+    named = re.search(r"no place for (.*?); to ignore them, give --leave-out", said)[1]
     patterns = re.sub(r" \(\d+\)", "", named).split(", ")
     assert len(patterns) == 3
     options = [option for pattern in patterns for option in ("--leave-out", pattern)]
