@@ -59,7 +59,7 @@ def segmentation_picture(
         headings=[("image", _size(image)), ("prediction", "")],
         captions=[[caption]] if caption else (),
     )
-    return _with_legend(picture, [labels], names, colours)
+    return _with_legend(picture, shares_of([labels], len(names)), "shares of the pixels", names, colours)
 
 
 def comparison_picture(
@@ -72,6 +72,8 @@ def comparison_picture(
     cell: int = 256,
 ) -> Image.Image:
     """One row per image: the image, the true classes, the predicted ones, and where these are wrong.
+
+    The legend has the true classes with their shares, then those that are predicted alone.
 
     Raises:
         ValueError: there are not as many of each, or their sizes differ.
@@ -95,7 +97,9 @@ def comparison_picture(
         rows.append(
             grid([[_widened(tile, cell) for tile in row]], headings=() if i else headings, captions=texts)
         )
-    return _with_legend(_stacked(rows), [*truths, *predictions], names, colours)
+    shares = dict(shares_of(truths, len(names)))
+    shares |= {label: 0.0 for label, _ in shares_of(predictions, len(names)) if label not in shares}
+    return _with_legend(_stacked(rows), [*shares.items()], "shares in the truth", names, colours)
 
 
 def mistakes(truth: Labels, prediction: Labels, num_classes: int) -> Image.Image:
@@ -105,12 +109,13 @@ def mistakes(truth: Labels, prediction: Labels, num_classes: int) -> Image.Image
 
 
 def legend(
-    shares: Sequence[tuple[int, float]], names: Sequence[str], colours: Colours, height: int
+    shares: Sequence[tuple[int, float]], heading: str, names: Sequence[str], colours: Colours, height: int
 ) -> Image.Image:
     """Classes with their colours and shares, in as many columns as the height asks for.
 
     Args:
         shares: class ids, in the order in which they are shown, and shares.
+        heading: says what these are shares of.
         height: of the picture with headings that it goes beside.
     """
     top = MARGIN + HEADINGS
@@ -119,7 +124,7 @@ def legend(
     paper = Image.new("RGB", (columns * LEGEND_WIDTH, height), PAPER)
     draw = ImageDraw.Draw(paper)
     write(draw, (0, MARGIN), "classes", LEGEND_WIDTH, bold=True)
-    write(draw, (0, MARGIN + TITLE_SIZE + 5), "shares of the labelled pixels", LEGEND_WIDTH)
+    write(draw, (0, MARGIN + TITLE_SIZE + 5), heading, LEGEND_WIDTH)
     for place, (label, share) in enumerate(shares):
         x, y = place // rows * LEGEND_WIDTH, top + place % rows * LINE
         draw.rectangle((x, y, x + SWATCH, y + SWATCH), fill=tuple(colours[label].tolist()))
@@ -138,9 +143,13 @@ def shares_of(pictures: Iterable[Labels], num_classes: int) -> list[tuple[int, f
 
 
 def _with_legend(
-    picture: Image.Image, labels: Sequence[Labels], names: Sequence[str], colours: Colours
+    picture: Image.Image,
+    shares: Sequence[tuple[int, float]],
+    heading: str,
+    names: Sequence[str],
+    colours: Colours,
 ) -> Image.Image:
-    key = legend(shares_of(labels, len(names)), names, colours, picture.height)
+    key = legend(shares, heading, names, colours, picture.height)
     paper = Image.new("RGB", (picture.width + key.width, picture.height), PAPER)
     paper.paste(picture, (0, 0))
     paper.paste(key, (picture.width, 0))

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from itpn.show import segment
 from itpn.show.segment import (
     LEAST_TILE,
     LEGEND_WIDTH,
@@ -65,8 +66,17 @@ def test_a_long_legend_gets_columns() -> None:
     colours = class_colours(150)
     shares = [(i, 1 / 150) for i in range(150)]
     names = [f"class {i}" for i in range(150)]
-    picture = legend(shares, names, colours, 300)
+    picture = legend(shares, "shares", names, colours, 300)
     assert picture.height == 300 and all(has(picture, colour) for colour in colours)
+
+
+def test_the_shares_beside_a_comparison_are_of_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr(segment, "legend", lambda shares, *rest: told.append(shares) or legend(shares, *rest))
+    truth, prediction = halves(0, 1), halves(2, 0)
+    truth[:, 30:] = 0
+    comparison_picture([GREY], [truth], [prediction], NAMES)
+    assert told == [[(0, 0.75), (1, 0.25), (2, 0.0)]]
 
 
 def test_a_narrow_picture_has_room_for_its_headings() -> None:
