@@ -1,15 +1,18 @@
 """Finding the images of a data set on disk."""
 
 import os
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from itpn.data import oddities
+from itpn.data.coco_names import located
 from itpn.data.folders import (
     SPLITS,
     LeftOut,
@@ -25,6 +28,8 @@ from itpn.data.randomness import permutation
 from itpn.data.shards import COMPRESSED, archives_in, find_sharded
 from itpn.data.source import SUFFIXES, Images, Names
 from itpn.errors import UserError, printable
+
+_LAST_WORD = re.compile(r"[\s,;]+[^\s,;]*$")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -149,14 +154,19 @@ def _listed_images(list_file: Path, root: Path) -> ImageList:
     listed = [line.strip() for line in lines if line.strip()]
     if not listed:
         raise UserError(f"the list of images {list_file} is empty; write one path a line")
-    for folder in (root, list_file.parent):
-        missing = [name for name in listed if not (folder / name).is_file()]
+    folders = root, list_file.parent
+    as_listed = ((folder, listed) for folder in folders)
+    as_found = ((folder, [name for name, _ in located(folder, listed)]) for folder in folders)
+    for folder, names in chain(as_listed, as_found):
+        missing = [name for name in names if not (folder / name).is_file()]
         if not missing:
-            return _image_list(folder, listed, _below_the_common(folder, listed), f"listed in {list_file}")
-    some = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+            return _image_list(folder, names, _below_the_common(folder, names), f"listed in {list_file}")
+    bare = [_LAST_WORD.sub("", name) for name in missing]
+    paths = [name for name in bare if any((folder / name).is_file() for folder in folders)]
     raise UserError(
-        f"{list_file} names {len(missing):,} of {len(listed):,} files that do not exist: {some}; "
+        f"{list_file} names {len(missing):,} of {len(listed):,} files that do not exist: {some(missing)}; "
         f"paths are relative to {root} or to the list's own folder"
+        + (f"; write nothing but the path on a line, as {printable(paths[0])}" if paths else "")
     )
 
 

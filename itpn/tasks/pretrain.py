@@ -131,7 +131,7 @@ def load_objective(path: Path, *, mask_ratio: float | None = None) -> PixelObjec
     if "decoder" not in weights.parts:
         raise UserError(
             f"{weights.path} holds {', '.join(sorted(weights.parts))} but no decoder; "
-            "name the run directory, or a checkpoint's model.safetensors"
+            "name a run that pre-trained on pixels, or a model.safetensors of its checkpoints"
         )
     trained = weights.part("objective", PixelConfig)
     config = replace(

@@ -151,6 +151,26 @@ def test_a_list_of_paths_relative_to_the_root_or_to_itself(tmp_path: Path) -> No
         assert images.path(0).samefile(tmp_path / "root/train/dog/b.jpg")
 
 
+@pytest.mark.parametrize(
+    "listed", ["cat\\A.jpg", "Cat/a.JPG", "cat/A.jpeg", "photos/cat/A.jpg", "cat/caf\u00e9.jpg"]
+)
+def test_a_list_may_name_files_as_other_systems_do(tmp_path: Path, listed: str) -> None:
+    touch(tmp_path, "cat/A.jpg", "cat/cafe\u0301.jpg", "dog/b.jpg")
+    (tmp_path / "list.txt").write_text(f"dog/b.jpg\n{listed}\n")
+    first, second = find_images(tmp_path, list_file=tmp_path / "list.txt").names
+    assert first == "dog/b.jpg" and second == ("cat/cafe\u0301.jpg" if "caf" in listed else "cat/A.jpg")
+
+
+@pytest.mark.parametrize("line", ["cat/a b.jpg 3", "cat/a b.jpg,cat", "cat/a b.jpg\t0"])
+def test_a_list_with_labels_is_told_and_cured(tmp_path: Path, line: str) -> None:
+    touch(tmp_path, "cat/a b.jpg")
+    (tmp_path / "list.txt").write_text(f"path,label\n{line}\n")
+    with pytest.raises(UserError, match=r"write nothing but the path on a line, as cat/a b\.jpg$"):
+        find_images(tmp_path, list_file=tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text("cat/a b.jpg")
+    assert len(find_images(tmp_path, list_file=tmp_path / "list.txt")) == 1
+
+
 def test_a_list_may_name_absolute_paths(tmp_path: Path) -> None:
     touch(tmp_path, "x/a.jpg", "b.jpg")
     list_file = tmp_path / "list.txt"
