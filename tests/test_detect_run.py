@@ -152,7 +152,8 @@ def test_own_data_without_images_to_validate_on(images, config, tmp_path, capsys
     short = ("--run-dir", "run", "--epochs", "1", "--batch-size", "3", "--picture-every", "0")
     status, printed = outcome(capsys, "train", config, *own, *short)
     assert status == 0, printed.err
-    assert "to train on: 6 of 8 images" in printed.out and "validation images: 2 of 8 images" in printed.out
+    assert "training images: 6 of 8 images" in printed.out
+    assert "validation images: 2 of 8 images" in printed.out
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["images"] == 2
     assert outcome(capsys, "test", config, "run", *own)[0] == 0

@@ -183,7 +183,7 @@ def test_a_share_is_held_out_where_there_is_no_val(images, tmp_path, capsys):
     shutil.rmtree(tmp_path / "images/images/val")
     segment(recipe(tmp_path / "images", tmp_path / "run", {"max_steps": 1}, val_share=0.3))
     said = capsys.readouterr().out
-    assert "to train on: 7 of 10 images" in said
+    assert "training images: 7 of 10 images" in said
     assert "validation images: 3 of 10 images" in said
 
 
