@@ -66,7 +66,7 @@ def test_figures_of_made_up_photographs(tmp_path: Path, capsys: pytest.CaptureFi
     for result in figures.values():
         assert result["num_images"] == 3 and result["mean_difference"] < 1
         assert result["ratio"] == pytest.approx(result["ours"] / result["plain"])
-    assert "Made-up" in capsys.readouterr().out
+    assert "Synthetic JPEGs" in capsys.readouterr().out
 
 
 def test_a_folder_of_all_sorts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,7 +85,7 @@ def test_a_folder_of_all_sorts(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "below 0.5 megapixels": 2,
         "0.5 to 2 megapixels": 1,
     }
-    assert "2 left out" in capsys.readouterr().out
+    assert "2 images left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["500", "500x", "0x10", "500x400,", "9999999x10"])
