@@ -221,7 +221,7 @@ def test_without_file_and_network_both_ways_are_named(images, tmp_path, monkeypa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     given = recipe(images, tmp_path / "run", None, "test_vit.r160_in1k")
-    refused(given, r"test_vit.r160_in1k came from the Hub .*--objective\.teacher-weights")
+    refused(given, r"test_vit.r160_in1k could not be downloaded from the Hub .*--objective\.teacher-weights")
     assert capsys.readouterr().err == ""
 
 

@@ -22,7 +22,7 @@ def test_a_diverging_run_stops_and_its_step_can_be_replayed(images: Path, tmp_pa
     )
     complaint = ended.output.splitlines()[-1]
     last = int(
-        re.search(r"^itpn: .* at step (\d+) on .*; `itpn replay .*/replay` takes the step again", complaint)[
+        re.search(r"^itpn: .* at step (\d+) on .*; `itpn replay .*/replay` repeats the step", complaint)[
             1
         ]
     )

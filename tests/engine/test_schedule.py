@@ -73,7 +73,7 @@ def test_a_warm_up_in_steps() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"warmup_epochs": 1, "warmup_iterations": 1}, "give one"),
+        ({"warmup_epochs": 1, "warmup_iterations": 1}, "give only one"),
         ({"power": 0}, "power"),
         ({"milestones": (9, 11)}, "shares"),
     ],
