@@ -38,6 +38,9 @@ def become(module: str, arguments: Sequence[str], directory: str, output: str) -
 def run(module: str, arguments: Sequence[str]) -> NoReturn:
     """Ends the process as the interpreter would: nothing of the process that it was forked from goes on."""
     os.setsid()
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     sys.argv[1:] = arguments
     status: object = 0
     try:
@@ -61,9 +64,6 @@ class Rank:
         self.status: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
-            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-                signal.signal(number, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             os.environ.clear()
             os.environ.update(environment)
             run(module, arguments)

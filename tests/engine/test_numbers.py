@@ -22,9 +22,7 @@ def test_a_diverging_run_stops_and_its_step_can_be_replayed(images: Path, tmp_pa
     )
     complaint = ended.output.splitlines()[-1]
     last = int(
-        re.search(r"^itpn: .* at step (\d+) on .*; `itpn replay .*/replay` repeats the step", complaint)[
-            1
-        ]
+        re.search(r"^itpn: .* at step (\d+) on .*; `itpn replay .*/replay` repeats the step", complaint)[1]
     )
     assert [int(step) for step in left_out] == [last - 2, last - 1]
     lines = {line["step"]: line for line in metrics(run)}

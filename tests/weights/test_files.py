@@ -80,7 +80,7 @@ def test_what_is_not_ours_is_said(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
         files.read(tmp_path / "noise.safetensors")
     save_file({"weight": torch.zeros(1)}, tmp_path / "bare.safetensors")
-    with pytest.raises(UserError, match="no config"):
+    with pytest.raises(UserError, match="no itpn config"):
         files.read(tmp_path / "bare.safetensors")
     with pytest.raises(UserError, match="no run directory"):
         files.read(tmp_path)
