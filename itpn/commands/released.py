@@ -40,7 +40,7 @@ def read_released(path: Path, reading: Reading) -> tuple[Foreign, Translated]:
 
 
 def findings(foreign: Foreign, translated: Translated) -> Iterator[str]:
-    """What a foreign file is, what was taken off or left out and why, and what looks wrong."""
+    """Summary of a foreign file: its kind, what was taken off or left out and why, and what looks wrong."""
     yield f"{printable(foreign.path)}: {FAMILIES[translated.family].title} ({translated.family})"
     yield f"sha256 {foreign.sha256}"
     if foreign.wrapping:

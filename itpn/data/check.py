@@ -34,7 +34,7 @@ class LabelLook(NamedTuple):
     colours: dict[int, bytes] = {}  # noqa: RUF012 - a named tuple's default, never changed
     """Red, green and blue of each number, where the picture has a palette."""
     turned: bool | None = None
-    """Of an image that EXIF turns: whether the size tells that the labels are turned, too."""
+    """Whether the size of an image that EXIF turns tells that its labels are turned, too."""
 
 
 class Look(NamedTuple):
@@ -76,7 +76,7 @@ _CURES = {
     CLEAR: "alpha that was never set looks so, and the image is white by it; drop it, as with ImageMagick: "
     "magick IN -alpha off OUT.png",
 }
-"""What traits may mean that spoil images without a word, and what to do."""
+"""Meanings of traits that spoil images without a word, and what to do."""
 _SHARE = 0.5
 """A trait of images that may well be meant so is warned of from this share on."""
 
@@ -121,7 +121,7 @@ class Tally:
         return look_at_all(self.look, len(self.images), num_workers)
 
     def warnings(self) -> Iterator[str]:
-        """What would go wrong without a word, a line each: the cause, numbers, an example and a cure."""
+        """Silent faults, a line each: the cause, numbers, an example and a cure."""
         yield from self.images.notes
         for trait, cure in _CURES.items():
             count = self.traits[trait]

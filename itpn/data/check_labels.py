@@ -76,7 +76,7 @@ def tally_of(images: Images) -> Tally:
 
 
 def warnings_of(images: Images) -> list[str]:
-    """What would go wrong without a word, as far as a few images show."""
+    """Silent faults, as far as a few images show them."""
     tally = sampled(tally_of(images))
     if isinstance(tally, LabelTally):
         tally.classes = classes_met(tally.classes.images)
@@ -120,7 +120,7 @@ def look_at_pair(images: LabelledImages, index: int) -> Look | str:
 
 
 def look_at_labels(images: LabelledImages, index: int, size: Size | None = None) -> LabelLook:
-    """What an image's labels are like; raises BadImageError."""
+    """Look at an image's labels; raises BadImageError."""
     labelling = images.labelling
     stored = read_stored(images.label_path(index), labelling, size)
     counts = np.bincount(stored.ids.ravel(), minlength=labelling.unlabelled + 1)

@@ -16,7 +16,7 @@ SMALL, MEDIUM = 32**2, 96**2
 
 
 class ObjectTally(Tally):
-    """What is known of the images with objects of one split so far."""
+    """Tally of one split's images with objects."""
 
     def __init__(self, images: Coco) -> None:
         super().__init__(images)

@@ -17,7 +17,7 @@ class Kind(NamedTuple):
     name: str
     """With its article."""
     cure: str = _MAGICK
-    """What to do about a file that cannot be read."""
+    """Cure for a file that cannot be read."""
     is_image: bool = True
     ending: str = ""
     """What its name should end in; empty where no image is read from it."""

@@ -102,7 +102,7 @@ class Run:
 
     @property
     def warnings(self) -> list[str]:
-        """What was warned of at the start."""
+        """Warnings of the start."""
         found: list[str] = self.notes.get("warnings", [])
         return found
 

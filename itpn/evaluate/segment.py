@@ -60,7 +60,7 @@ class SegmentationScores(NamedTuple):
         }
 
     def numbers(self) -> dict[str, float]:
-        """What a log keeps: those that could be measured."""
+        """Numbers that could be measured, for the log."""
         return {name: number for name, number in self.overall.items() if not math.isnan(number)}
 
 
